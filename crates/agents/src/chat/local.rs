@@ -1,0 +1,241 @@
+//! The local model: engine, tokenizer and chat template together, from text to text.
+
+use super::template::{ChatTemplate, Message, Role, TemplateError};
+use longspan_data::tokenize::{Special, Tokenizer, TokenizerError};
+use longspan_infer::decode::stop::StopStrings;
+use longspan_infer::decode::{Choice, Strategy};
+use longspan_infer::engine::Want;
+use longspan_infer::{Engine, EngineError, Sequence};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+/// What can go wrong between two texts.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The engine failed or refused.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The text cannot be tokenized.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The template cannot be rendered.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+/// A prompt around a document, in tokens. The parts are read as separate calls, so that retrieval
+/// for the question is not mixed with the document's last queries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// What comes before the question, the document included.
+    pub document: Vec<u32>,
+    /// The question and the start of the answer's turn.
+    pub question: Vec<u32>,
+}
+
+/// When an answer ends.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Most tokens written.
+    pub max_tokens: usize,
+    /// Texts that end the answer; they are not part of it.
+    pub stop: Vec<String>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// The model ended its turn, or a stop text came.
+    Stop,
+    /// The limit of tokens.
+    Length,
+    /// The caller.
+    Cancelled,
+}
+
+/// An answer.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    /// The text without stop texts and special tokens.
+    pub text: String,
+    /// What was chosen, one entry per token.
+    pub choices: Vec<Choice>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Time from the first token's choice to the last's.
+    pub elapsed: Duration,
+}
+
+/// See the module's text.
+pub struct LocalModel {
+    /// Runs the weights.
+    pub engine: Engine,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+const DOCUMENT: &str = "\u{1}document\u{1}";
+const QUESTION: &str = "\u{1}question\u{1}";
+
+impl LocalModel {
+    /// Puts the parts together; a checkpoint without a chat template gets plain prompts.
+    pub fn new(engine: Engine, tokenizer: Tokenizer) -> Result<Self, ModelError> {
+        let text = |id: Option<u32>| {
+            id.map(|id| String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned())
+                .unwrap_or_default()
+        };
+        let template = match tokenizer.chat_template() {
+            Some(source) => Some(ChatTemplate::new(
+                source,
+                &text(tokenizer.bos()),
+                &text(tokenizer.eos_ids().first().copied()),
+            )?),
+            None => None,
+        };
+        Ok(LocalModel {
+            engine,
+            tokenizer,
+            template,
+        })
+    }
+
+    /// True if the checkpoint brings a chat template.
+    pub fn chats(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// The tokens of a prompt that asks about a document: what stands before the question can be
+    /// read once and kept.
+    pub fn ask(&self, document: &str, question: &str) -> Result<Prompt, ModelError> {
+        let (head, middle, tail) = self.frame()?;
+        let mut tokens = self.tokenizer.encode(&head, Special::ParseWithBos)?;
+        tokens.extend(self.tokenizer.encode(document, Special::None)?);
+        Ok(Prompt {
+            document: tokens,
+            question: self.question_tokens(&middle, question, &tail)?,
+        })
+    }
+
+    /// The tokens of a question about a document that was read before.
+    pub fn question(&self, question: &str) -> Result<Vec<u32>, ModelError> {
+        let (_, middle, tail) = self.frame()?;
+        self.question_tokens(&middle, question, &tail)
+    }
+
+    fn question_tokens(
+        &self,
+        middle: &str,
+        question: &str,
+        tail: &str,
+    ) -> Result<Vec<u32>, ModelError> {
+        let mut tokens = self.tokenizer.encode(middle, Special::Parse)?;
+        tokens.extend(self.tokenizer.encode(question, Special::None)?);
+        tokens.extend(self.tokenizer.encode(tail, Special::Parse)?);
+        Ok(tokens)
+    }
+
+    /// Text before the document, between document and question, and after the question.
+    fn frame(&self) -> Result<(String, String, String), ModelError> {
+        let text = match &self.template {
+            Some(template) => {
+                let content = format!(
+                    "Here is a text:\n\n{DOCUMENT}\n\nUse the text to answer this question: {QUESTION}"
+                );
+                template.render(&[Message::new(Role::User, content)])?
+            }
+            None => format!("{DOCUMENT}\n\nQuestion: {QUESTION}\nAnswer:"),
+        };
+        // A template that drops or changes the message would lose the markers; then the plain form serves.
+        let split = text.split_once(DOCUMENT).and_then(|(head, rest)| {
+            rest.split_once(QUESTION)
+                .map(|(middle, tail)| (head, middle, tail))
+        });
+        let (head, middle, tail) = split.unwrap_or(("", "\n\nQuestion: ", "\nAnswer:"));
+        Ok((head.into(), middle.into(), tail.into()))
+    }
+
+    /// The tokens of a conversation up to the assistant's next turn.
+    pub fn conversation(&self, messages: &[Message]) -> Result<Vec<u32>, ModelError> {
+        match &self.template {
+            Some(template) => {
+                let text = template.render(messages)?;
+                // Templates write the beginning-of-text token themselves where the model wants it.
+                Ok(self.tokenizer.encode(&text, Special::Parse)?)
+            }
+            None => {
+                let turns = messages.iter().map(|message| match message.role {
+                    Role::System => format!("{}\n\n", message.content),
+                    Role::User => format!("Question: {}\n", message.content),
+                    Role::Assistant => format!("Answer: {}\n\n", message.content),
+                });
+                let text: String = turns.chain(["Answer:".to_string()]).collect();
+                Ok(self.tokenizer.encode(&text, Special::ParseWithBos)?)
+            }
+        }
+    }
+
+    /// Writes an answer after `logits` [vocab] of the sequence's last token, handing text to
+    /// `on_text` as it becomes certain. The sequence holds every token that was read back in.
+    pub fn generate(
+        &self,
+        sequence: &mut Sequence,
+        mut logits: Vec<f32>,
+        strategy: &mut dyn Strategy,
+        limits: &Limits,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generation, ModelError> {
+        let start = Instant::now();
+        let mut stream = self.tokenizer.stream();
+        let mut stop = StopStrings::new(&limits.stop);
+        let mut generation = Generation {
+            text: String::new(),
+            choices: Vec::new(),
+            finish: Finish::Length,
+            elapsed: Duration::ZERO,
+        };
+        let mut history = sequence.tokens().to_vec();
+        let mut emit = |text: &str, generation: &mut Generation| {
+            generation.text.push_str(text);
+            if text.is_empty() {
+                ControlFlow::Continue(())
+            } else {
+                on_text(text)
+            }
+        };
+        while generation.choices.len() < limits.max_tokens {
+            let choice = strategy.next(&logits, &history);
+            let token = choice.token;
+            generation.choices.push(choice);
+            if self.tokenizer.eos_ids().contains(&token) {
+                generation.finish = Finish::Stop;
+                break;
+            }
+            if let Some(text) = stream.push(token) {
+                let (text, stopped) = stop.push(&text);
+                if emit(&text, &mut generation).is_break() {
+                    generation.finish = Finish::Cancelled;
+                    break;
+                }
+                if stopped {
+                    generation.finish = Finish::Stop;
+                    break;
+                }
+            }
+            if generation.choices.len() == limits.max_tokens {
+                break;
+            }
+            history.push(token);
+            logits = self
+                .engine
+                .forward(&mut [(sequence, &[token])], Want::Last)?;
+        }
+        if generation.finish != Finish::Cancelled && !stop.stopped() {
+            let rest = stop.finish();
+            let _ = emit(&rest, &mut generation);
+        }
+        generation.elapsed = start.elapsed();
+        Ok(generation)
+    }
+}

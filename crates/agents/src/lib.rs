@@ -1,0 +1,6 @@
+//! Conversations with a model: chat templates, prompts around long documents, streamed answers.
+
+pub mod chat;
+
+pub use chat::local::{Finish, Generation, Limits, LocalModel, Prompt};
+pub use chat::template::{ChatTemplate, Message, Role};

@@ -1,0 +1,377 @@
+//! One layer's attention over paged stores: rotate, append, ask the policy, run the kernel.
+//!
+//! Prefill and decode are the same loop with more or fewer queries; sequences of a batch are
+//! rows that share kernel launches and nothing else.
+
+use crate::context::{Angle, ColumnSums, ContextPolicy, Keys, LayerAt, Plan, Queries, Window};
+use crate::kv::{KeyForm, KvStore, Rows};
+use longspan_kernels::attention::{self, Attention, Tile, Tiles};
+use longspan_kernels::elementwise::split_rows;
+use longspan_kernels::pool::SharedMut;
+use longspan_nn::position::{Frequencies, RopeLayout, RopeTable, rotate};
+use std::io;
+
+/// What attention needs to know of one layer.
+#[derive(Clone, Copy)]
+pub struct LayerShape {
+    /// Layer index.
+    pub layer: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Factor of the logits.
+    pub scale: f32,
+    /// Soft cap of the logits.
+    pub softcap: Option<f32>,
+    /// The layer sees only so many tokens by construction; policies leave it alone.
+    pub sliding_window: Option<usize>,
+}
+
+/// One sequence's share of a call.
+pub struct Row<'a> {
+    /// Keys and values so far.
+    pub store: &'a mut KvStore,
+    /// What the sequence sees.
+    pub policy: &'a mut dyn ContextPolicy,
+    /// The layer's rotary frequencies; None = no position encoding.
+    pub rope: Option<&'a Frequencies>,
+    /// cos and sin of the call's positions, [count, rotary_dim / 2] each; empty without rope.
+    pub tables: (&'a [f32], &'a [f32]),
+    /// Tokens of this call.
+    pub count: usize,
+}
+
+/// Rotates rows [count, heads head_dim] to `out` with one cos/sin row per token.
+fn rotate_rows(
+    x: Rows<'_>,
+    count: usize,
+    width: usize,
+    head_dim: usize,
+    tables: (&[f32], &[f32]),
+    out: &mut [f32],
+) {
+    let half = tables.0.len() / count.max(1);
+    let shared = SharedMut::new(out);
+    split_rows(count, width, |first, rows| {
+        for index in first..first + rows {
+            // SAFETY: pieces are disjoint row ranges.
+            let out = unsafe { shared.slice(index * width, width) };
+            out.copy_from_slice(x.row(index, width));
+            if half > 0 {
+                let (cos, sin) = (
+                    &tables.0[index * half..(index + 1) * half],
+                    &tables.1[index * half..(index + 1) * half],
+                );
+                out.chunks_exact_mut(head_dim)
+                    .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+            }
+        }
+    });
+}
+
+/// Rotates heads [n head_dim] to one position.
+pub(crate) fn rotate_to(
+    rope: Option<&Frequencies>,
+    position: u64,
+    head_dim: usize,
+    heads: &mut [f32],
+) {
+    let Some(rope) = rope else { return };
+    let half = rope.inv_freq.len();
+    let mut row = vec![0f32; 2 * half];
+    let (cos, sin) = row.split_at_mut(half);
+    RopeTable::compute_row(rope, position as f64, cos, sin);
+    heads
+        .chunks_exact_mut(head_dim)
+        .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+}
+
+/// Queries of one block turned to a part's angle: [queries, num_heads head_dim].
+fn turned(
+    row: &Row<'_>,
+    at: LayerAt,
+    angle: Angle,
+    form: KeyForm,
+    raw: Rows<'_>,
+    own: &[f32],
+    first: usize,
+    width: usize,
+    head_dim: usize,
+) -> Vec<f32> {
+    let mut out = own[first * width..(first + at.queries) * width].to_vec();
+    let constant = |position: u64, index: usize, out: &mut [f32]| {
+        let query = &mut out[index * width..(index + 1) * width];
+        query.copy_from_slice(raw.row(first + index, width));
+        rotate_to(row.rope, position, head_dim, query);
+    };
+    match (angle, row.rope) {
+        (Angle::Own, _) | (_, None) => {}
+        (Angle::AtMost(limit), _) => {
+            let from = limit.saturating_sub(at.start).min(at.queries as u64) as usize;
+            (from..at.queries).for_each(|index| constant(limit, index, &mut out));
+        }
+        (Angle::Fixed(position), Some(rope)) => {
+            let half = rope.inv_freq.len();
+            let mut table = vec![0f32; 2 * half];
+            let (cos, sin) = table.split_at_mut(half);
+            RopeTable::compute_row(rope, position as f64, cos, sin);
+            let (cos, sin) = (cos.repeat(at.queries), sin.repeat(at.queries));
+            rotate_rows(
+                raw.skip(first),
+                at.queries,
+                width,
+                head_dim,
+                (&cos, &sin),
+                &mut out,
+            );
+        }
+    }
+    // A raw key is a key at angle zero, where the rotation still scales by the attention factor.
+    if let (KeyForm::Raw, Some(rope)) = (form, row.rope)
+        && rope.attention_factor != 1.0
+    {
+        out.iter_mut()
+            .for_each(|q| *q *= rope.attention_factor as f32);
+    }
+    out
+}
+
+/// Tiles of one part, as the kernel wants them.
+enum PartTiles<'a> {
+    Shared(Vec<Tile<'a>>),
+    PerQueryHead(Vec<Vec<Tile<'a>>>),
+}
+
+/// Attention of all rows. query [tokens, num_heads head_dim], key and value
+/// [tokens, num_kv_heads head_dim], un-rotated, rows one after another; out as query, contiguous.
+pub fn attend_rows(
+    shape: LayerShape,
+    rows: &mut [Row<'_>],
+    query: Rows<'_>,
+    key: Rows<'_>,
+    value: Rows<'_>,
+    out: &mut [f32],
+) -> io::Result<()> {
+    let Some(first) = rows.first() else {
+        return Ok(());
+    };
+    let layout = first.store.layout();
+    let (width, kv_width) = (
+        shape.num_heads * layout.head_dim,
+        layout.num_kv_heads * layout.head_dim,
+    );
+    let total: usize = rows.iter().map(|row| row.count).sum();
+    let layer = shape.layer;
+
+    let mut own = vec![0f32; total * width];
+    let mut rotated = vec![0f32; total * kv_width];
+    let mut offsets = Vec::with_capacity(rows.len());
+    let mut offset = 0;
+    for row in rows.iter_mut() {
+        if row.count > 0 {
+            rotate_rows(
+                query.skip(offset),
+                row.count,
+                width,
+                layout.head_dim,
+                row.tables,
+                &mut own[offset * width..(offset + row.count) * width],
+            );
+            let target = &mut rotated[offset * kv_width..(offset + row.count) * kv_width];
+            rotate_rows(
+                key.skip(offset),
+                row.count,
+                kv_width,
+                layout.head_dim,
+                row.tables,
+                target,
+            );
+            let target = Rows {
+                data: target,
+                stride: kv_width,
+            };
+            row.store.append(
+                layer,
+                target,
+                key.skip(offset),
+                value.skip(offset),
+                row.count,
+            );
+        }
+        offsets.push(offset);
+        offset += row.count;
+    }
+
+    // Execution blocks: all rows' first blocks together, then their second ones, ...
+    let block_of = |row: &Row<'_>| match shape.sliding_window {
+        Some(_) => row.count.max(1),
+        None => row.policy.spec().exec_block.unwrap_or(row.count).max(1),
+    };
+    let rounds = rows
+        .iter()
+        .map(|row| row.count.div_ceil(block_of(row)))
+        .max()
+        .unwrap_or(0);
+    for round in 0..rounds {
+        let mut work: Vec<(usize, usize, LayerAt, Plan, Vec<Option<Vec<f32>>>)> =
+            Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter_mut().enumerate() {
+            let block = block_of(row);
+            let first = round * block;
+            if first >= row.count {
+                continue;
+            }
+            let call_start = row.store.len(layer) - row.count as u64;
+            let at = LayerAt {
+                layer,
+                start: call_start + first as u64,
+                queries: block.min(row.count - first),
+            };
+            let raw = query.skip(offsets[index]);
+            let rope = row.rope;
+            let turn = |position: u64, heads: &mut [f32]| {
+                rotate_to(rope, position, layout.head_dim, heads)
+            };
+            let queries = |first: usize| Queries {
+                data: &raw.data[first * raw.stride..],
+                stride: raw.stride,
+                num_heads: shape.num_heads,
+                head_dim: layout.head_dim,
+                rotate: &turn,
+            };
+            let plan = match shape.sliding_window {
+                Some(size) => Plan {
+                    parts: vec![Window::part(at, size as u64)],
+                },
+                None => {
+                    if round == 0 {
+                        let call = LayerAt {
+                            layer,
+                            start: call_start,
+                            queries: row.count,
+                        };
+                        row.policy.begin_layer(call, &queries(0), row.store)?;
+                    }
+                    row.policy.plan(at, &queries(first), row.store)?
+                }
+            };
+            let own = &own[offsets[index] * width..];
+            let turned = plan
+                .parts
+                .iter()
+                .map(|part| match (part.angle, part.form) {
+                    (Angle::Own, KeyForm::Rotated) => None,
+                    (angle, form) => Some(turned(
+                        row,
+                        at,
+                        angle,
+                        form,
+                        raw,
+                        own,
+                        first,
+                        width,
+                        layout.head_dim,
+                    )),
+                })
+                .collect();
+            work.push((index, first, at, plan, turned));
+        }
+
+        let mut sums: Vec<Vec<Option<ColumnSums>>> = Vec::with_capacity(work.len());
+        {
+            let tiles = work
+                .iter()
+                .map(|(index, _, _, plan, _)| {
+                    let store = &*rows[*index].store;
+                    let tiles = plan.parts.iter().map(|part| {
+                        Ok(match &part.keys {
+                            Keys::Shared(ranges) => {
+                                PartTiles::Shared(store.tiles(layer, ranges, part.form)?)
+                            }
+                            Keys::PerQueryHead(lists) => PartTiles::PerQueryHead(
+                                lists
+                                    .iter()
+                                    .map(|ranges| store.tiles(layer, ranges, part.form))
+                                    .collect::<io::Result<_>>()?,
+                            ),
+                        })
+                    });
+                    tiles.collect::<io::Result<Vec<_>>>()
+                })
+                .collect::<io::Result<Vec<_>>>()?;
+            let parts: Vec<Vec<attention::Part<'_>>> = work
+                .iter()
+                .zip(&tiles)
+                .map(|((index, first, at, plan, turned), tiles)| {
+                    let own = &own[(offsets[*index] + first) * width
+                        ..(offsets[*index] + first + at.queries) * width];
+                    plan.parts
+                        .iter()
+                        .zip(turned)
+                        .zip(tiles)
+                        .map(|((part, turned), tiles)| attention::Part {
+                            query: turned.as_deref().unwrap_or(own),
+                            tiles: match tiles {
+                                PartTiles::Shared(tiles) => Tiles::Shared(tiles),
+                                PartTiles::PerQueryHead(lists) => Tiles::PerQueryHead(lists),
+                            },
+                            mask: part.mask,
+                            column_sums: part.column_sums,
+                        })
+                        .collect()
+                })
+                .collect();
+            let items: Vec<Attention<'_>> = work
+                .iter()
+                .zip(&parts)
+                .map(|((_, _, at, ..), parts)| Attention {
+                    layout,
+                    num_heads: shape.num_heads,
+                    queries: at.queries,
+                    query_start: at.start,
+                    scale: shape.scale,
+                    softcap: shape.softcap,
+                    parts,
+                })
+                .collect();
+            let mut rest = &mut *out;
+            let mut end = 0;
+            let mut outs: Vec<&mut [f32]> = Vec::with_capacity(work.len());
+            for (index, first, at, ..) in &work {
+                let start = (offsets[*index] + first) * width;
+                let (_, tail) = std::mem::take(&mut rest).split_at_mut(start - end);
+                let (mine, tail) = tail.split_at_mut(at.queries * width);
+                outs.push(mine);
+                rest = tail;
+                end = start + at.queries * width;
+            }
+            let results = attention::attention_batch(&items, &mut outs);
+            for (result, tiles) in results.into_iter().zip(&tiles) {
+                let of_parts = result
+                    .column_sums
+                    .into_iter()
+                    .zip(tiles)
+                    .map(|(values, tiles)| match (values, tiles) {
+                        (Some(values), PartTiles::Shared(tiles)) => {
+                            let tiles = tiles
+                                .iter()
+                                .map(|tile| (tile.first, tile.lo as usize..tile.hi as usize))
+                                .collect();
+                            Some(ColumnSums { tiles, values })
+                        }
+                        _ => None,
+                    });
+                sums.push(of_parts.collect());
+            }
+        }
+        for ((index, _, at, ..), sums) in work.iter().zip(&sums) {
+            let row = &mut rows[*index];
+            match shape.sliding_window {
+                Some(size) => row
+                    .store
+                    .drop_tokens(layer, 0..(at.end() + 1).saturating_sub(size as u64)),
+                None => row.policy.observe(*at, sums, row.store)?,
+            }
+        }
+    }
+    Ok(())
+}

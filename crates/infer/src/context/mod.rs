@@ -1,0 +1,224 @@
+//! Context policies: which cached keys a block of queries sees, at which angles, and what may be
+//! dropped. One file per policy.
+//!
+//! A policy never computes attention. It answers with a [`Plan`]; the kernel runs one softmax over
+//! the union of the plan's parts and hands back column sums where asked; the store executes moves.
+//! A policy sees one sequence; batching lives in the engine.
+
+pub mod full;
+pub mod infllm;
+pub mod lm_infinite;
+pub mod sinks;
+mod spec;
+pub mod window;
+
+pub use full::Full;
+pub use infllm::{InfLlm, InfLlmConfig};
+pub use lm_infinite::{LmInfinite, LmInfiniteConfig};
+pub use sinks::{Sinks, SinksConfig};
+pub use spec::{ContextConfig, ContextError};
+pub use window::{Window, WindowConfig};
+
+use crate::kv::{KeyForm, KvStore};
+use longspan_kernels::attention::Mask;
+use std::io::{self, Read, Write};
+use std::ops::Range;
+
+/// The angle of the queries against a part's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Angle {
+    /// Each query at its own position.
+    Own,
+    /// Each query at its own position, but no further than this.
+    AtMost(u64),
+    /// All queries at this position.
+    Fixed(u64),
+}
+
+/// Token ranges (ascending, disjoint) that a part covers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Keys {
+    /// The same for every head.
+    Shared(Vec<Range<u64>>),
+    /// One list per query head.
+    PerQueryHead(Vec<Vec<Range<u64>>>),
+}
+
+/// Keys seen under one rule.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Which tokens.
+    pub keys: Keys,
+    /// Which form of their keys.
+    pub form: KeyForm,
+    /// At which angle the queries stand.
+    pub angle: Angle,
+    /// Which of them each query sees, by true positions.
+    pub mask: Mask,
+    /// Hand the summed softmax probability of each key back to `observe`.
+    pub column_sums: bool,
+}
+
+impl Part {
+    /// Tokens in rotated form with queries at their own positions, causal.
+    pub fn causal(tokens: Range<u64>) -> Self {
+        Part {
+            keys: Keys::Shared(vec![tokens]),
+            form: KeyForm::Rotated,
+            angle: Angle::Own,
+            mask: Mask::Causal,
+            column_sums: false,
+        }
+    }
+}
+
+/// What one block of queries sees: one softmax runs over the union of the parts.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// Disjoint in (query, key) pairs after masking, unless the policy says otherwise.
+    pub parts: Vec<Part>,
+}
+
+/// What a policy needs from the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicySpec {
+    /// Most queries that share one plan; None = the whole call. A policy with a limit also gets
+    /// the last token of a prompt as a call of its own.
+    pub exec_block: Option<usize>,
+    /// Most tokens of one call (a multiple of `exec_block`), bounding activations.
+    pub chunk: usize,
+    /// Un-rotated keys must be stored too.
+    pub raw_keys: bool,
+    /// Tokens of the store's first page, 1..=64.
+    pub first_page: usize,
+    /// True if any earlier length can be returned to without a snapshot.
+    pub rewinds: bool,
+}
+
+/// Where a plan applies.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerAt {
+    /// Layer index.
+    pub layer: usize,
+    /// Position of the block's first query.
+    pub start: u64,
+    /// Queries in the block.
+    pub queries: usize,
+}
+
+impl LayerAt {
+    /// One past the position of the last query: all tokens known to it.
+    pub fn end(&self) -> u64 {
+        self.start + self.queries as u64
+    }
+}
+
+/// Un-rotated queries of a call and how to rotate them.
+pub struct Queries<'a> {
+    /// Elements from the first query on.
+    pub data: &'a [f32],
+    /// Distance between queries.
+    pub stride: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Rotates one head [head_dim] to a position.
+    pub rotate: &'a (dyn Fn(u64, &mut [f32]) + Sync),
+}
+
+/// Column sums of one part: for each query head the softmax probability that each key received,
+/// summed over the block's queries.
+pub struct ColumnSums {
+    /// (first token, number of slots valid from `lo`) of each tile, as the kernel saw them.
+    pub tiles: Vec<(u64, Range<usize>)>,
+    /// [num_heads, tiles * PAGE]
+    pub values: Vec<f32>,
+}
+
+impl ColumnSums {
+    /// Sums over heads and over all tokens with the same `key`, as (key, sum) in order of first
+    /// appearance.
+    pub fn by_tokens(&self, num_heads: usize, key: impl Fn(u64) -> u64) -> Vec<(u64, f32)> {
+        let width = self.tiles.len() * longspan_kernels::attention::PAGE;
+        let mut sums: Vec<(u64, f32)> = Vec::new();
+        for (tile, (first, slots)) in self.tiles.iter().enumerate() {
+            for slot in slots.clone() {
+                let column = tile * longspan_kernels::attention::PAGE + slot;
+                let sum: f32 = (0..num_heads)
+                    .map(|head| self.values[head * width + column])
+                    .sum();
+                let key = key(first + slot as u64);
+                match sums.last_mut() {
+                    Some((last, total)) if *last == key => *total += sum,
+                    _ => sums.push((key, sum)),
+                }
+            }
+        }
+        sums
+    }
+}
+
+/// What a policy has done, for people.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct PolicyReport {
+    /// Blocks of old tokens held, summed over layers.
+    pub blocks: u64,
+    /// Blocks brought into memory.
+    pub loads: u64,
+    /// Picks found in memory.
+    pub hits: u64,
+    /// Bytes of the policy's own indices.
+    pub index_bytes: u64,
+}
+
+/// See the module's text. One object per sequence; it owns indices and scores, never keys.
+pub trait ContextPolicy: Send {
+    /// What the policy needs; constant for its life.
+    fn spec(&self) -> PolicySpec;
+
+    /// Called once per layer and call, before the call's first plan, with all its queries and
+    /// after its keys were appended.
+    fn begin_layer(
+        &mut self,
+        _at: LayerAt,
+        _queries: &Queries<'_>,
+        _store: &mut KvStore,
+    ) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// What the block's queries see. Keys of the whole call are in the store already; a plan
+    /// reaches to `at.end()` at most.
+    fn plan(&mut self, at: LayerAt, queries: &Queries<'_>, store: &mut KvStore)
+    -> io::Result<Plan>;
+
+    /// After the block's attention: column sums of the parts that asked for them. Tokens may be
+    /// dropped or moved here.
+    fn observe(
+        &mut self,
+        _at: LayerAt,
+        _sums: &[Option<ColumnSums>],
+        _store: &mut KvStore,
+    ) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// An independent copy for a forked sequence.
+    fn fork(&self) -> Box<dyn ContextPolicy>;
+
+    /// Writes the state so that [`ContextPolicy::load`] restores it exactly.
+    fn save(&self, _out: &mut dyn Write) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Restores a saved state. Errors on a state that cannot belong to this policy.
+    fn load(&mut self, _input: &mut dyn Read) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Counters for people.
+    fn report(&self) -> PolicyReport {
+        PolicyReport::default()
+    }
+}

@@ -1,0 +1,15 @@
+//! The engine: paged keys and values, context policies, decoding strategies, sessions on disk.
+//!
+//! A token's way: [`Engine::prefill`] in chunks, the model's layers, [`attend`] with the
+//! sequence's [`context::ContextPolicy`], logits, a [`decode::Strategy`].
+
+pub mod attend;
+pub mod context;
+pub mod decode;
+pub mod engine;
+pub mod kv;
+pub mod prefix;
+pub mod session;
+pub mod wire;
+
+pub use engine::{Engine, EngineError, EngineOptions, Sequence};

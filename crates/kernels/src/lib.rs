@@ -1,0 +1,13 @@
+//! Numerics of Longspan: matrix products straight from packed low-bit weights, attention over any
+//! plan of cached keys, and the small fused operations around them.
+//!
+//! Every fast kernel has a naive twin that stays as its oracle, and is dispatched at run time over
+//! [`cpu::Level`]: AMX, AVX-512, AVX2, portable.
+
+pub mod attention;
+pub mod cpu;
+pub mod elementwise;
+pub mod matmul;
+pub mod ops;
+pub mod pool;
+pub mod quant;

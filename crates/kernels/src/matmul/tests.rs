@@ -1,0 +1,272 @@
+//! Every level and every type against the naive product, over ragged shapes.
+
+use super::*;
+use crate::quant::dequantize;
+use proptest::prelude::*;
+
+/// Reproducible noise in `-1..1`.
+pub(super) fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// Blocks with random codes and tame scales.
+pub(super) fn random_tensor(ty: GgmlType, elements: usize, seed: u64) -> Vec<u8> {
+    let bytes = ty.bytes(elements).expect("whole blocks");
+    match ty {
+        GgmlType::F32 => noise(seed, elements)
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect(),
+        GgmlType::F16 => noise(seed, elements)
+            .iter()
+            .flat_map(|&v| half::f16::from_f32(v).to_le_bytes())
+            .collect(),
+        GgmlType::BF16 => noise(seed, elements)
+            .iter()
+            .flat_map(|&v| half::bf16::from_f32(v).to_le_bytes())
+            .collect(),
+        _ => {
+            let mut data: Vec<u8> = noise(seed, bytes)
+                .iter()
+                .map(|v| ((v + 1.0) * 128.0) as u8)
+                .collect();
+            let scales: &[usize] = match ty {
+                GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4K | GgmlType::Q5K => &[0, 2],
+                GgmlType::Q2K => &[80, 82],
+                GgmlType::Q3K => &[108],
+                GgmlType::Q6K => &[208],
+                _ => &[0],
+            };
+            for (block, values) in data
+                .chunks_mut(ty.block_bytes())
+                .zip(noise(seed + 1, 2 * elements).chunks(2))
+            {
+                for (&at, value) in scales.iter().zip(values) {
+                    let scale = half::f16::from_f32(value * 0.01).to_le_bytes();
+                    block[at..at + 2].copy_from_slice(&scale);
+                }
+            }
+            data
+        }
+    }
+}
+
+pub(super) fn weights(ty: GgmlType, elements: usize, bytes: &[u8]) -> Vec<f32> {
+    let mut out = vec![0.0; elements];
+    dequantize(ty, bytes, &mut out).expect("whole blocks");
+    out
+}
+
+/// The largest error allowed for one output, given the weights as they are packed:
+/// f32 sums of up to a few hundred terms (2^-18 of `sum |x| |w|`) and activations rounded to
+/// 2^-16 of their group's largest, whose share of the whole row's largest is unknown here.
+fn tolerance(x: &[f32], w: &[f32]) -> f32 {
+    let total: f32 = x.iter().zip(w).map(|(x, w)| (x * w).abs()).sum();
+    let largest = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+    let weights: f32 = w.iter().map(|w| w.abs()).sum();
+    total * 2f32.powi(-18) + largest * weights * 2f32.powi(-16) + 1e-6
+}
+
+fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
+    let tensors: Vec<Vec<u8>> = parts
+        .iter()
+        .enumerate()
+        .map(|(i, &(ty, rows))| random_tensor(ty, rows * cols, seed + 7 * i as u64))
+        .collect();
+    let sources: Vec<MatrixSource> = parts
+        .iter()
+        .zip(&tensors)
+        .map(|(&(ty, rows), bytes)| MatrixSource { ty, rows, bytes })
+        .collect();
+    let matrix = PackedMatrix::pack(cols, &sources).expect("well formed");
+    let rows = matrix.rows();
+    assert_eq!(rows, parts.iter().map(|part| part.1).sum::<usize>());
+    let types: Vec<GgmlType> = parts
+        .iter()
+        .flat_map(|&(ty, rows)| std::iter::repeat_n(ty, rows))
+        .collect();
+    let w: Vec<f32> = parts
+        .iter()
+        .zip(&tensors)
+        .flat_map(|(&(ty, rows), bytes)| weights(ty, rows * cols, bytes))
+        .collect();
+
+    let mut packed = vec![0.0; rows * cols];
+    for (row, found) in packed.chunks_mut(cols).enumerate() {
+        matrix.dequantize_row(row, found);
+        let expected = &w[row * cols..][..cols];
+        let spread = expected.iter().fold(0.0f32, |a, w| a.max(w.abs()));
+        for (found, expected) in found.iter().zip(expected) {
+            let allowed = match types[row].block_elements() {
+                1 => expected.abs() * 2f32.powi(-8),
+                256 => spread * 2f32.powi(-9),
+                _ => spread * 2f32.powi(-22), // `d u + m` may be fused or not
+            };
+            assert!(
+                (found - expected).abs() <= allowed,
+                "{:?}: {found} {expected}",
+                types[row]
+            );
+        }
+    }
+
+    let x: Vec<f32> = noise(seed + 99, m * cols)
+        .iter()
+        .map(|v| v * v * v * 3.0)
+        .collect();
+    let bias = noise(seed + 98, rows);
+    let start = noise(seed + 97, m * rows);
+    let mut expected = vec![0.0; m * rows];
+    matmul_naive(&packed, rows, cols, &x, m, &mut expected);
+    for level in Level::available() {
+        for (with_bias, accumulate) in [(false, false), (true, false), (false, true), (true, true)]
+        {
+            let epilogue = Epilogue {
+                bias: with_bias.then_some(&bias[..]),
+                accumulate,
+            };
+            let mut out = start.clone();
+            matrix.matmul_at(level, &x, m, &mut out, epilogue);
+            for (index, &found) in out.iter().enumerate() {
+                let (r, row) = (index / rows, index % rows);
+                let mut expected = expected[index];
+                expected += if with_bias { bias[row] } else { 0.0 };
+                expected += if accumulate { start[index] } else { 0.0 };
+                let (x, w) = (&x[r * cols..][..cols], &packed[row * cols..][..cols]);
+                let allowed = tolerance(x, w);
+                assert!(
+                    (found - expected).abs() <= allowed,
+                    "{} {:?} [{m}, {cols}] x [{rows}] at ({r}, {row}): {found}, not {expected} within {allowed}",
+                    level.name(),
+                    types[row],
+                );
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 6, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_type_and_level_matches_the_naive_product(
+        m in 1usize..40, rows in 1usize..70, blocks in 1usize..4, seed in 0u64..1000,
+    ) {
+        for ty in GgmlType::ALL {
+            let unit = match ty.block_elements() { 1 => 21, 32 => 96, elements => elements };
+            check(unit * blocks, &[(ty, rows)], m, seed);
+        }
+    }
+
+    #[test]
+    fn parts_of_different_types_stack(m in 1usize..20, seed in 0u64..1000) {
+        check(
+            256,
+            &[(GgmlType::Q5_0, 33), (GgmlType::Q8_0, 16), (GgmlType::Q6K, 7), (GgmlType::F16, 5)],
+            m,
+            seed,
+        );
+    }
+}
+
+#[test]
+fn one_row_and_whole_blocks_of_rows() {
+    for m in [1, 2, 8, 9, 16, 17, 32, 33] {
+        check(576, &[(GgmlType::Q4_1, 48)], m, 5);
+    }
+}
+
+#[test]
+fn a_group_that_is_not_finite_spoils_its_row_alone() {
+    let bytes = random_tensor(GgmlType::Q4_0, 32 * 64, 3);
+    let source = MatrixSource {
+        ty: GgmlType::Q4_0,
+        rows: 32,
+        bytes: &bytes,
+    };
+    let matrix = PackedMatrix::pack(64, &[source]).unwrap();
+    for level in Level::available() {
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = noise(1, 3 * 64);
+            x[64 + 40] = poison;
+            let mut out = vec![0.0; 3 * 32];
+            matrix.matmul_at(level, &x, 3, &mut out, Epilogue::default());
+            assert!(
+                out[32..64].iter().all(|v| !v.is_finite()),
+                "{}",
+                level.name()
+            );
+            assert!(out[..32].iter().chain(&out[64..]).all(|v| v.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn quantised_types_take_little_more_than_a_byte() {
+    for (ty, limit) in [
+        (GgmlType::Q4_0, 0.6),
+        (GgmlType::Q4_1, 0.66),
+        (GgmlType::Q4K, 0.66),
+        (GgmlType::Q5_0, 0.72),
+        (GgmlType::Q5K, 0.78),
+        (GgmlType::Q6K, 0.91),
+        (GgmlType::Q8_0, 1.1),
+    ] {
+        let bytes = vec![0; ty.bytes(512 * 512).unwrap()];
+        let source = MatrixSource {
+            ty,
+            rows: 512,
+            bytes: &bytes,
+        };
+        let matrix = PackedMatrix::pack(512, &[source]).unwrap();
+        let ratio = matrix.bytes() as f64 / (512.0 * 512.0);
+        assert!(ratio < limit, "{}: {ratio} bytes a parameter", ty.name());
+    }
+}
+
+#[test]
+fn errors_name_the_part_and_the_sizes() {
+    let source = MatrixSource {
+        ty: GgmlType::Q4_0,
+        rows: 2,
+        bytes: &[0; 36],
+    };
+    assert!(PackedMatrix::pack(32, &[source]).is_ok());
+    let found = PackedMatrix::pack(64, &[source]).unwrap_err();
+    assert_eq!(
+        found.to_string(),
+        "part 0: [2, 64] of type Q4_0 takes 72 bytes but 36 were given; the file may be cut short"
+    );
+    let found = PackedMatrix::pack(33, &[source]).unwrap_err();
+    assert!(
+        matches!(
+            found,
+            PackError::PartialBlock {
+                part: 0,
+                cols: 33,
+                ..
+            }
+        ),
+        "{found}"
+    );
+    assert!(matches!(
+        PackedMatrix::pack(32, &[]),
+        Err(PackError::Empty { .. })
+    ));
+    let huge = MatrixSource {
+        ty: GgmlType::F32,
+        rows: usize::MAX / 8,
+        bytes: &[],
+    };
+    assert!(matches!(
+        PackedMatrix::pack(32, &[huge]),
+        Err(PackError::TooLarge { part: 0, .. })
+    ));
+}

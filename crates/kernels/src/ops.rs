@@ -1,0 +1,313 @@
+//! The operations a model layer is written with, on candle tensors.
+//!
+//! Each op is one function with two forms: a fused forward on packed low-bit weights (CPU, no
+//! gradient), and a composition of candle ops that can be differentiated and runs on any device.
+//! Which one runs follows from the weights, so one model definition serves reading and learning.
+//! Tokens of all sequences lie flat in the first dimension: activations are [tokens, width].
+
+use crate::elementwise::{self, Gate};
+use crate::matmul::{Epilogue, PackedMatrix};
+use candle_core::{CpuStorage, D, Device, Result, Storage, Tensor, bail};
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// One projection with gradient: weight [out, in], bias [out].
+#[derive(Clone, Debug)]
+pub struct DensePart {
+    /// [out_features, in_features]
+    pub weight: Tensor,
+    /// [out_features]
+    pub bias: Option<Tensor>,
+}
+
+/// One or several projections of the same input, outputs side by side: [tokens, in] to
+/// [tokens, out_0 + out_1 + ...].
+#[derive(Clone)]
+pub enum Linear {
+    /// Full-precision weights on any device.
+    Dense(Vec<DensePart>),
+    /// Low-bit weights for the CPU kernels; `bias` is [rows].
+    Packed {
+        /// [out_features, in_features]
+        matrix: Arc<PackedMatrix>,
+        /// [out_features]
+        bias: Option<Arc<Vec<f32>>>,
+    },
+}
+
+impl Linear {
+    /// x [tokens, in] to [tokens, out].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Linear::Dense(parts) => {
+                let outputs = parts
+                    .iter()
+                    .map(|part| {
+                        let y = x.matmul(&part.weight.t()?)?;
+                        match &part.bias {
+                            Some(bias) => y.broadcast_add(bias),
+                            None => Ok(y),
+                        }
+                    })
+                    .collect::<Result<Vec<_>>>()?;
+                if outputs.len() == 1 {
+                    Ok(outputs.into_iter().next().unwrap())
+                } else {
+                    Tensor::cat(&outputs, D::Minus1)
+                }
+            }
+            Linear::Packed { matrix, bias } => {
+                let tokens = x.dim(0)?;
+                let out = with_rows(x, |x| {
+                    packed(
+                        matrix,
+                        bias,
+                        x,
+                        tokens,
+                        uninit(tokens * matrix.rows()),
+                        false,
+                    )
+                })?;
+                matrix_tensor(out, tokens)
+            }
+        }
+    }
+
+    /// Number of outputs.
+    pub fn out_features(&self) -> Result<usize> {
+        match self {
+            Linear::Dense(parts) => parts.iter().map(|part| part.weight.dim(0)).sum(),
+            Linear::Packed { matrix, .. } => Ok(matrix.rows()),
+        }
+    }
+}
+
+fn packed(
+    matrix: &PackedMatrix,
+    bias: &Option<Arc<Vec<f32>>>,
+    x: &[f32],
+    tokens: usize,
+    mut out: Vec<f32>,
+    accumulate: bool,
+) -> Vec<f32> {
+    let epilogue = Epilogue {
+        bias: bias.as_ref().map(|bias| bias.as_slice()),
+        accumulate,
+    };
+    matrix.matmul(x, tokens, &mut out, epilogue);
+    out
+}
+
+/// RMSNorm with its weight [width] (Gemma's `1 + w` is folded in when the weights are loaded).
+#[derive(Clone, Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    /// The same values for the CPU kernels; absent while the weight is being trained.
+    host: Option<Arc<Vec<f32>>>,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// weight: [width].
+    pub fn new(weight: Tensor, eps: f64) -> Result<Self> {
+        let host = if weight.device().is_cpu() && !weight.track_op() {
+            Some(Arc::new(weight.to_vec1::<f32>()?))
+        } else {
+            None
+        };
+        Ok(RmsNorm { weight, host, eps })
+    }
+
+    /// x [.., width] to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Some(weight), true) = (&self.host, is_plain(x)) {
+            let out = with_rows(x, |x| {
+                let mut out = uninit(x.len());
+                elementwise::rms_norm(x, weight, self.eps as f32, &mut out);
+                out
+            })?;
+            return Tensor::from_vec(out, x.shape(), &Device::Cpu);
+        }
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        x.broadcast_div(&(mean + self.eps)?.sqrt()?)?
+            .broadcast_mul(&self.weight)
+    }
+}
+
+/// Token embeddings [vocab, width].
+#[derive(Clone)]
+pub enum Embedding {
+    /// Full precision, differentiable.
+    Dense(Tensor),
+    /// Rows are unpacked on the fly.
+    Packed(Arc<PackedMatrix>),
+}
+
+impl Embedding {
+    /// ids (checked by the caller to be below the vocabulary size) to [tokens, width].
+    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
+        match self {
+            Embedding::Dense(weight) => weight.index_select(&Tensor::new(ids, weight.device())?, 0),
+            Embedding::Packed(matrix) => {
+                let width = matrix.cols();
+                let mut out = uninit(ids.len() * width);
+                for (&id, row) in ids.iter().zip(out.chunks_exact_mut(width)) {
+                    matrix.dequantize_row(id as usize, row);
+                }
+                matrix_tensor(out, ids.len())
+            }
+        }
+    }
+}
+
+/// `linear(norm(x))`: x [tokens, width] to [tokens, out].
+pub fn norm_linear(x: &Tensor, norm: &RmsNorm, linear: &Linear) -> Result<Tensor> {
+    let (Linear::Packed { matrix, bias }, Some(weight), true) = (linear, &norm.host, is_plain(x))
+    else {
+        return linear.forward(&norm.forward(x)?);
+    };
+    let tokens = x.dim(0)?;
+    let out = with_rows(x, |x| {
+        scratch(|normed, _| {
+            normed.resize(x.len(), 0.0);
+            elementwise::rms_norm(x, weight, norm.eps as f32, normed);
+            packed(
+                matrix,
+                bias,
+                normed,
+                tokens,
+                uninit(tokens * matrix.rows()),
+                false,
+            )
+        })
+    })?;
+    matrix_tensor(out, tokens)
+}
+
+/// `residual + post_norm(linear(x))`, post_norm optional (Gemma's sandwich norm).
+pub fn linear_residual(
+    x: &Tensor,
+    linear: &Linear,
+    post_norm: Option<&RmsNorm>,
+    residual: &Tensor,
+) -> Result<Tensor> {
+    match (linear, post_norm) {
+        (Linear::Packed { matrix, bias }, None) if is_plain(x) && is_plain(residual) => {
+            let tokens = x.dim(0)?;
+            let sum = with_rows(residual, <[f32]>::to_vec)?;
+            let out = with_rows(x, |x| packed(matrix, bias, x, tokens, sum, true))?;
+            matrix_tensor(out, tokens)
+        }
+        _ => {
+            let y = linear.forward(x)?;
+            residual
+                + match post_norm {
+                    Some(norm) => norm.forward(&y)?,
+                    None => y,
+                }
+        }
+    }
+}
+
+/// `x + post_norm(down(act(gate) * up))` with `[gate | up] = gate_up(norm(x))`.
+pub fn gated_mlp(
+    x: &Tensor,
+    norm: &RmsNorm,
+    gate_up: &Linear,
+    gate: Gate,
+    down: &Linear,
+    post_norm: Option<&RmsNorm>,
+) -> Result<Tensor> {
+    let both = norm_linear(x, norm, gate_up)?; // [tokens, 2 * intermediate]
+    let width = both.dim(1)? / 2;
+    let hidden = if is_plain(&both) {
+        let tokens = both.dim(0)?;
+        let out = with_rows(&both, |both| {
+            let mut out = uninit(tokens * width);
+            elementwise::gated(gate, both, width, &mut out);
+            out
+        })?;
+        matrix_tensor(out, tokens)?
+    } else {
+        let (g, up) = (both.narrow(1, 0, width)?, both.narrow(1, width, width)?);
+        let activated = match gate {
+            Gate::Silu => g.silu()?,
+            Gate::GeluTanh => g.gelu()?,
+        };
+        (activated * up)?
+    };
+    linear_residual(&hidden, down, post_norm, x)
+}
+
+/// True when the fused CPU forms may run: on the CPU, f32, and no gradient asked.
+pub fn is_plain(x: &Tensor) -> bool {
+    x.device().is_cpu() && !x.track_op() && x.dtype() == candle_core::DType::F32
+}
+
+/// Hands the elements of a contiguous f32 CPU tensor to `f` without a copy.
+pub fn with_rows<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("tensor is not contiguous")
+    };
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => Ok(f(&values[start..end])),
+        _ => bail!(
+            "expected an f32 tensor on the CPU, found {:?} on {:?}",
+            x.dtype(),
+            x.device()
+        ),
+    }
+}
+
+/// Hands the rows of a [tokens, width] f32 CPU tensor that may be a column slice of a wider one
+/// to `f` as (elements from the first row on, row stride).
+pub fn with_strided_rows<R>(x: &Tensor, f: impl FnOnce(&[f32], usize) -> R) -> Result<R> {
+    let (storage, layout) = x.storage_and_layout();
+    let (&[tokens, width], &[stride, 1]) = (layout.dims(), layout.stride()) else {
+        bail!(
+            "expected rows of adjacent elements, found shape {:?}, strides {:?}",
+            layout.dims(),
+            layout.stride()
+        )
+    };
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => {
+            let start = layout.start_offset();
+            let end = if tokens == 0 {
+                start
+            } else {
+                start + (tokens - 1) * stride + width
+            };
+            Ok(f(&values[start..end], stride))
+        }
+        _ => bail!(
+            "expected an f32 tensor on the CPU, found {:?} on {:?}",
+            x.dtype(),
+            x.device()
+        ),
+    }
+}
+
+fn matrix_tensor(values: Vec<f32>, tokens: usize) -> Result<Tensor> {
+    let width = values.len() / tokens.max(1);
+    Tensor::from_vec(values, (tokens, width), &Device::Cpu)
+}
+
+/// A buffer that the caller overwrites whole.
+#[allow(clippy::uninit_vec)]
+fn uninit(len: usize) -> Vec<f32> {
+    let mut buffer = Vec::with_capacity(len);
+    // SAFETY: every caller writes all elements before reading any; f32 has no invalid values.
+    unsafe { buffer.set_len(len) };
+    buffer
+}
+
+/// Two buffers of this thread that keep their memory from call to call.
+fn scratch<R>(f: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
+    thread_local! {
+        static BUFFERS: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    }
+    BUFFERS.with_borrow_mut(|(a, b)| f(a, b))
+}

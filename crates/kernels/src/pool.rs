@@ -1,0 +1,240 @@
+//! The thread pool of all kernels: one worker per allowed CPU, fork-join in a few microseconds.
+//!
+//! Decoding a token forks and joins some hundred times, so workers spin for a while before they
+//! sleep. The caller works too: a pool of `n` threads has `n - 1` workers.
+
+use crate::cpu;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+
+type Task<'a> = &'a (dyn Fn(usize) + Sync);
+
+/// Iterations a worker spins for new work before it sleeps (about 100 microseconds).
+const SPINS: usize = 6_000;
+
+struct Shared {
+    /// Number of the job now published; workers compare it with the last one they ran.
+    epoch: AtomicUsize,
+    /// Workers that have not finished the job.
+    pending: AtomicUsize,
+    task: Mutex<Option<Task<'static>>>,
+    wake: Condvar,
+    sleepers: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+/// A fixed set of pinned worker threads. See the module's text.
+pub struct Pool {
+    shared: Arc<Shared>,
+    threads: usize,
+    cpus: Vec<usize>,
+    caller: Mutex<()>,
+}
+
+static REQUESTED: AtomicUsize = AtomicUsize::new(0);
+static GLOBAL: OnceLock<Pool> = OnceLock::new();
+
+thread_local! {
+    static INSIDE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+impl Pool {
+    /// Sets the number of threads (0 = all allowed CPUs). Returns false, changing nothing, when
+    /// the pool already runs.
+    pub fn request_threads(threads: usize) -> bool {
+        REQUESTED.store(threads, Ordering::SeqCst);
+        GLOBAL.get().is_none()
+    }
+
+    /// The process-wide pool, started at first use.
+    pub fn global() -> &'static Pool {
+        GLOBAL.get_or_init(|| {
+            let cpus = cpu::allowed_cpus();
+            let requested = REQUESTED.load(Ordering::SeqCst);
+            let threads = if requested == 0 {
+                cpus.len()
+            } else {
+                requested
+            };
+            Pool::new(threads, cpus)
+        })
+    }
+
+    fn new(threads: usize, cpus: Vec<usize>) -> Pool {
+        let shared = Arc::new(Shared {
+            epoch: AtomicUsize::new(0),
+            pending: AtomicUsize::new(0),
+            task: Mutex::new(None),
+            wake: Condvar::new(),
+            sleepers: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+        });
+        for worker in 1..threads {
+            let shared = shared.clone();
+            let cpu = (threads <= cpus.len()).then(|| cpus[worker]);
+            std::thread::Builder::new()
+                .name(format!("longspan-{worker}"))
+                .spawn(move || {
+                    if let Some(cpu) = cpu {
+                        cpu::pin_current_thread(cpu);
+                    }
+                    work(&shared, worker);
+                })
+                .expect("the system refuses a thread");
+        }
+        Pool {
+            shared,
+            threads,
+            cpus,
+            caller: Mutex::new(()),
+        }
+    }
+
+    /// Threads that take part in a job, the caller among them.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Ties the calling thread to the CPU that no worker uses. Call once on the thread that
+    /// drives the engine.
+    pub fn pin_caller(&self) {
+        if self.threads <= self.cpus.len() {
+            cpu::pin_current_thread(self.cpus[0]);
+        }
+    }
+
+    /// Runs `task(worker)` once for each worker `0..threads()` and returns when all are done.
+    /// Called from inside a job it runs all workers' shares one after another.
+    pub fn broadcast(&self, task: &(dyn Fn(usize) + Sync)) {
+        if self.threads == 1 || INSIDE.get() {
+            (0..self.threads).for_each(task);
+            return;
+        }
+        let _one_caller = self
+            .caller
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner());
+        let shared = &*self.shared;
+        shared.pending.store(self.threads - 1, Ordering::Relaxed);
+        {
+            let mut slot = shared.task.lock().unwrap();
+            // SAFETY: the borrow is used by workers only until `pending` reaches 0, which this
+            // function waits for before it returns.
+            *slot = Some(unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) });
+            shared.epoch.fetch_add(1, Ordering::Release);
+            if shared.sleepers.load(Ordering::SeqCst) > 0 {
+                shared.wake.notify_all();
+            }
+        }
+        INSIDE.set(true);
+        let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task(0)));
+        INSIDE.set(false);
+        let mut spins = 0;
+        while shared.pending.load(Ordering::Acquire) > 0 {
+            spins += 1;
+            if spins < 20_000 {
+                std::hint::spin_loop()
+            } else {
+                std::thread::yield_now()
+            }
+        }
+        if let Err(panic) = mine {
+            std::panic::resume_unwind(panic);
+        }
+        assert!(
+            !shared.panicked.swap(false, Ordering::SeqCst),
+            "a kernel worker panicked"
+        );
+    }
+
+    /// Runs `task(index)` for `0..count`, handing indices out one at a time.
+    pub fn for_each(&self, count: usize, task: impl Fn(usize) + Sync) {
+        if count <= 1 || self.threads == 1 {
+            (0..count).for_each(task);
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        self.broadcast(&|_| {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= count {
+                    break;
+                }
+                task(index);
+            }
+        });
+    }
+}
+
+fn work(shared: &Shared, worker: usize) {
+    INSIDE.set(true);
+    let mut seen = 0;
+    loop {
+        let mut spins = 0;
+        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
+            std::hint::spin_loop();
+            spins += 1;
+        }
+        let task = {
+            let mut slot = shared.task.lock().unwrap();
+            shared.sleepers.fetch_add(1, Ordering::SeqCst);
+            while shared.epoch.load(Ordering::Acquire) == seen {
+                slot = shared.wake.wait(slot).unwrap();
+            }
+            shared.sleepers.fetch_sub(1, Ordering::SeqCst);
+            seen = shared.epoch.load(Ordering::Acquire);
+            slot.expect("a job is published with its epoch")
+        };
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task(worker))).is_err() {
+            shared.panicked.store(true, Ordering::SeqCst);
+        }
+        shared.pending.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// A raw pointer that jobs share when each writes its own disjoint part.
+#[derive(Clone, Copy)]
+pub struct SharedMut<T>(*mut T);
+
+// SAFETY: users promise disjoint writes; see `slice`.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    /// Wraps a buffer that outlives the job.
+    pub fn new(buffer: &mut [T]) -> Self {
+        SharedMut(buffer.as_mut_ptr())
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    /// The range lies inside the buffer and no other worker touches it during the job.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
+        std::slice::from_raw_parts_mut(self.0.add(start), len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_index_runs_once_and_nested_jobs_finish() {
+        let pool = Pool::global();
+        for round in 0..200 {
+            let counts: Vec<AtomicUsize> = (0..round).map(|_| AtomicUsize::new(0)).collect();
+            pool.for_each(round, |index| {
+                pool.for_each(3, |_| {
+                    counts[index].fetch_add(1, Ordering::Relaxed);
+                });
+            });
+            assert!(
+                counts
+                    .iter()
+                    .all(|count| count.load(Ordering::Relaxed) == 3)
+            );
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! `longspan bench`: speed as a share of this machine's limits, fidelity, and finding a hidden number.
+
+use crate::cli::{Bench, Common};
+use crate::models::{self, Opened};
+use crate::reading::kv_dtype;
+use crate::{parity, ui};
+use anyhow::Result;
+use longspan_data::tokenize::Special;
+use longspan_infer::engine::Want;
+use longspan_infer::{EngineOptions, Sequence};
+use longspan_kernels::cpu::Level;
+use longspan_kernels::pool::Pool;
+use serde_json::json;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+/// Runs one bench.
+pub fn run(what: &Bench, common: &Common) -> Result<()> {
+    match what {
+        Bench::Speed {
+            prefill,
+            decode,
+            tokens,
+            repeat,
+        } => speed(prefill, decode, *tokens, *repeat, common),
+        Bench::Parity { reference } => parity::run(reference, common),
+        Bench::Passkey {
+            length,
+            prompts,
+            depth,
+        } => passkey(*length, *prompts, depth, common),
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Plausible token ids: a fixed pseudo-random walk over the vocabulary.
+fn tokens(count: usize, vocab: usize) -> Vec<u32> {
+    let mut state = 1u64;
+    (0..count)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            ((state >> 33) % vocab.min(32_000) as u64) as u32
+        })
+        .collect()
+}
+
+fn fill(opened: &Opened, sequence: &mut Sequence, ids: &[u32]) -> Result<()> {
+    let chunk = sequence.spec().chunk;
+    let pieces = ids.len().div_ceil(chunk);
+    for (index, piece) in ids.chunks(chunk).enumerate() {
+        let want = if index + 1 == pieces {
+            Want::Last
+        } else {
+            Want::Nothing
+        };
+        opened
+            .model
+            .engine
+            .forward(&mut [(sequence, piece)], want)?;
+    }
+    Ok(())
+}
+
+fn speed(
+    prefill: &[usize],
+    decode: &[usize],
+    count: usize,
+    repeat: usize,
+    common: &Common,
+) -> Result<()> {
+    let opened = models::open(common)?;
+    let engine = &opened.model.engine;
+    let vocab = engine.model().config().vocab_size;
+    let context = common.context.as_deref().unwrap_or("full").parse()?;
+    let options = EngineOptions {
+        kv: kv_dtype(common)?,
+        context,
+    };
+    if !common.json {
+        println!(
+            "model {}  level {}  threads {}  kv {:?}  load {:.2} s",
+            opened.name,
+            Level::current().name(),
+            Pool::global().threads(),
+            options.kv,
+            opened.load.as_secs_f64()
+        );
+    }
+    let report = |what: &str, at: usize, runs: &[f64]| {
+        let tok_s = median(runs.to_vec());
+        if common.json {
+            let row = json!({
+                "peer": "longspan", "model": opened.name, "what": what, "length": at, "tok_s": tok_s,
+                "median": tok_s, "runs": runs, "level": Level::current().name(), "threads": Pool::global().threads(), "kv": format!("{:?}", options.kv).to_lowercase(),
+            });
+            println!("{row}");
+        } else {
+            println!(
+                "{what:<8} {:>8} tokens  {tok_s:>10.1} tok/s",
+                ui::count(at as u64)
+            );
+        }
+    };
+    for &length in prefill.iter().filter(|&&length| length > 0) {
+        let ids = tokens(length, vocab);
+        let mut runs = Vec::new();
+        for run in 0..=repeat {
+            let mut sequence = engine.sequence(&options, None)?;
+            let start = Instant::now();
+            fill(&opened, &mut sequence, &ids)?;
+            let rate = length as f64 / start.elapsed().as_secs_f64();
+            // The first run warms caches and memory.
+            if run > 0 || repeat == 0 {
+                runs.push(rate);
+            }
+            stop_here()?;
+        }
+        report("prefill", length, &runs);
+    }
+    for &depth in decode {
+        let mut sequence = engine.sequence(&options, None)?;
+        fill(&opened, &mut sequence, &tokens(depth.max(1), vocab))?;
+        let ids = tokens(count, vocab);
+        let mut runs = Vec::new();
+        for _ in 0..repeat.max(1) {
+            let mut run = sequence.fork();
+            let start = Instant::now();
+            for id in &ids {
+                engine.forward(&mut [(&mut run, std::slice::from_ref(id))], Want::Last)?;
+            }
+            runs.push(count as f64 / start.elapsed().as_secs_f64());
+            stop_here()?;
+        }
+        report("decode", depth, &runs);
+    }
+    Ok(())
+}
+
+fn stop_here() -> Result<()> {
+    if ui::interrupted() {
+        return Err(ui::Interrupted("the rows printed so far are complete".into()).into());
+    }
+    Ok(())
+}
+
+/// The passkey test (LM-Infinite, InfLLM): filler sentences, one key, a question at the end; the
+/// first integer of the answer must be the key.
+fn passkey(length: usize, prompts: usize, depth: &[f64], common: &Common) -> Result<()> {
+    let opened = models::open(common)?;
+    let (model, engine) = (&opened.model, &opened.model.engine);
+    let context: longspan_infer::context::ContextConfig =
+        common.context.as_deref().unwrap_or("full").parse()?;
+    let options = EngineOptions {
+        kv: kv_dtype(common)?,
+        context,
+    };
+    let (&[from, to] | &[from, .., to]) = depth else {
+        anyhow::bail!("--depth takes two numbers, from,to");
+    };
+    let encode = |text: &str| model.tokenizer.encode(text, Special::None);
+    let head = model.tokenizer.encode(
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about the important information there.\n",
+        Special::ParseWithBos,
+    )?;
+    let filler = encode(
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n",
+    )?;
+    let question = encode("What is the pass key? The pass key is ")?;
+    let mut found = 0;
+    for prompt in 0..prompts {
+        let random = tokens(2 * prompt + 2, 1 << 20);
+        let key = 10_000 + (random[2 * prompt] as u64 * 2_654_435_761 % 90_000) as u32;
+        let needle = encode(&format!(
+            "The pass key is {key}. Remember it. {key} is the pass key.\n"
+        ))?;
+        let count =
+            length.saturating_sub(head.len() + needle.len() + question.len()) / filler.len();
+        let share = from + (to - from) * (prompt as f64 + 0.5) / prompts as f64;
+        let before = (count as f64 * share) as usize;
+        let mut document = head.clone();
+        (0..before).for_each(|_| document.extend(&filler));
+        document.extend(&needle);
+        (before..count).for_each(|_| document.extend(&filler));
+        let mut sequence = engine.sequence(&options, None)?;
+        let start = Instant::now();
+        // Document, question and last token are separate calls: see InfLLM's page.
+        fill(&opened, &mut sequence, &document)?;
+        let reading = start.elapsed().as_secs_f64();
+        let mut logits = engine.prefill(&mut sequence, &question, &mut |_, _| {
+            Ok(ControlFlow::Continue(()))
+        })?;
+        let mut answer = Vec::new();
+        for _ in 0..8 {
+            let best = (0..logits.len())
+                .max_by(|&a, &b| logits[a].total_cmp(&logits[b]))
+                .unwrap_or(0) as u32;
+            answer.push(best);
+            logits = engine.forward(&mut [(&mut sequence, &[best])], Want::Last)?;
+        }
+        let answer = model.tokenizer.decode(&answer);
+        let digits: String = answer
+            .chars()
+            .skip_while(|c| !c.is_ascii_digit())
+            .take_while(char::is_ascii_digit)
+            .collect();
+        let hit = digits == key.to_string();
+        found += hit as usize;
+        if common.json {
+            println!(
+                "{}",
+                json!({ "model": opened.name, "context": options.context.to_string(), "tokens": document.len() + question.len(), "depth": share, "key": key, "answer": answer, "found": hit, "read_tokens_per_second": document.len() as f64 / reading })
+            );
+        } else {
+            println!(
+                "{:>9} tokens  depth {share:.2}  key {key}  {}  {answer:?}  {:.0} tok/s",
+                ui::count(document.len() as u64),
+                if hit { "found " } else { "missed" },
+                document.len() as f64 / reading
+            );
+        }
+        stop_here()?;
+    }
+    if !common.json {
+        println!("found {found} of {prompts} under {}", options.context);
+    }
+    Ok(())
+}

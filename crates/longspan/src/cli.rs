@@ -1,0 +1,281 @@
+//! Every command and option, with its help.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Models that read, remember and write sequences far longer than they were trained for.
+#[derive(Parser)]
+#[command(name = "longspan", version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  longspan ask book.txt \"Who is the narrator?\"
+  longspan ask src/ README.md \"Where is the cache invalidated?\"
+  longspan ask --context infllm:n_local=2048,topk=16 book.pdf \"What happens at the end?\"
+  longspan prepare book.epub --session book.session
+  longspan ask --session book.session \"And who is his brother?\"
+  longspan generate \"Once upon a time\" --max-tokens 100
+  longspan bench speed --prefill 512,4096 --decode 0,8192
+
+Settings may stand in ~/.config/longspan/config.toml (see `longspan ask --help`).
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Download models by alias, verified and resumable
+    #[command(after_help = "Example: longspan pull smollm2-135m")]
+    Pull {
+        /// Aliases as `longspan models` prints them; none = the default model
+        models: Vec<String>,
+    },
+    /// List the models known by alias
+    Models,
+    /// Describe a model: architecture, window, bytes
+    #[command(after_help = "Example: longspan info --model path/to/model.gguf")]
+    Info,
+    /// Ask a question about documents of any length
+    #[command(after_help = "Examples:
+  longspan ask book.txt \"Who is the narrator?\"
+  cat notes.md | longspan ask - \"What is still open?\"
+  longspan ask --session book.session \"And his brother?\"
+
+Formats: txt, md, html, pdf, epub, source trees (a folder), - for standard input.
+A text that fits the model's window is read whole; a longer one under InfLLM. --context overrides.
+A long reading that is interrupted goes on where it stopped when the same command is run again.
+
+Settings file (~/.config/longspan/config.toml):
+  model = \"smollm2-135m\"
+  threads = 4
+  context = \"infllm:n_local=2048\"
+  kv = \"bf16\"
+  max_tokens = 300")]
+    Ask(Ask),
+    /// Read documents once and save the session for many questions
+    #[command(after_help = "Example: longspan prepare book.txt --session book.session")]
+    Prepare(Prepare),
+    /// Continue a text
+    #[command(
+        after_help = "Example: longspan generate \"Once upon a time\" --temperature 0.8 --seed 7"
+    )]
+    Generate(Generate),
+    /// Talk with a model, line by line
+    #[command(after_help = "Example: longspan chat --model qwen2.5-coder-0.5b --context sinks")]
+    Chat(Chat),
+    /// Measure speed and fidelity on this machine
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// List the papers that Longspan implements
+    Papers {
+        /// Print the page of this paper
+        number: Option<u32>,
+    },
+    /// Print shell completions
+    #[command(after_help = "Example: longspan completions bash > /etc/bash_completion.d/longspan")]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Options of all commands.
+#[derive(Args, Clone, Default)]
+pub struct Common {
+    /// Alias, GGUF file, Hugging Face folder, or hub id (org/name)
+    #[arg(long, short, global = true, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// What a long text's later tokens see: auto, full, window:N, sinks:N_INIT,N_LOCAL,
+    /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=..
+    #[arg(long, global = true, value_name = "POLICY")]
+    pub context: Option<String>,
+    /// Type of cached keys and values: bf16, int8, f32
+    #[arg(long, global = true)]
+    pub kv: Option<String>,
+    /// fast: packed weights and fused kernels; f32: the exact reference path
+    #[arg(long, global = true)]
+    pub precision: Option<Precision>,
+    /// cpu, or cuda in a build with that feature
+    #[arg(long, global = true)]
+    pub device: Option<DeviceKind>,
+    /// CPU threads; default all cores this process may use
+    #[arg(long, global = true)]
+    pub threads: Option<usize>,
+    /// Print one JSON object (or one a line) instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[arg(skip)]
+    pub max_tokens: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    Fast,
+    F32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    Cpu,
+    Cuda,
+}
+
+/// How the next token is drawn.
+#[derive(Args, Clone, Default)]
+pub struct Sampling {
+    /// Most tokens to write
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// 0 = always the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Draw from the K likeliest tokens; 0 = all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: usize,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub top_p: f32,
+    /// Leave out tokens less likely than this share of the likeliest
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub min_p: f32,
+    /// Above 1: seen tokens become less likely
+    #[arg(long, default_value_t = 1.0, value_name = "R")]
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logits of seen tokens
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        allow_hyphen_values = true,
+        value_name = "X"
+    )]
+    pub presence_penalty: f32,
+    /// Subtracted from logits per time a token was seen
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        allow_hyphen_values = true,
+        value_name = "X"
+    )]
+    pub frequency_penalty: f32,
+    /// Same seed, same draw
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Added to a token's logit; may be repeated
+    #[arg(long, value_name = "TOKEN=X", value_parser = parse_bias, allow_hyphen_values = true)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// End the answer at this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// With --json: log-probabilities of the chosen and of this many likeliest tokens
+    #[arg(long, value_name = "N")]
+    pub logprobs: Option<usize>,
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let parsed = text
+        .split_once('=')
+        .and_then(|(token, bias)| Some((token.parse().ok()?, bias.parse().ok()?)));
+    parsed.ok_or_else(|| format!("{text:?} is not TOKEN=X, for instance 42=-3.5"))
+}
+
+#[derive(Args)]
+pub struct Ask {
+    /// Documents, then the question; with --session the question only
+    #[arg(required = true, value_name = "FILE... QUESTION")]
+    pub words: Vec<String>,
+    /// Ask about what `longspan prepare` read
+    #[arg(long, value_name = "FOLDER")]
+    pub session: Option<PathBuf>,
+    #[command(flatten)]
+    pub reading: Reading,
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+#[derive(Args, Clone)]
+pub struct Reading {
+    /// Refuse documents larger than this (bytes)
+    #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
+    pub max_bytes: u64,
+    /// Texts of more tokens than this keep cold keys and values on disk and can be resumed
+    #[arg(long, default_value_t = 65_536, value_name = "TOKENS")]
+    pub disk_above: usize,
+}
+
+#[derive(Args)]
+pub struct Prepare {
+    /// Documents
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<String>,
+    /// Folder to save the session in
+    #[arg(long, value_name = "FOLDER")]
+    pub session: PathBuf,
+    #[command(flatten)]
+    pub reading: Reading,
+}
+
+#[derive(Args)]
+pub struct Generate {
+    /// The text to continue; - reads standard input
+    pub prompt: String,
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+#[derive(Args)]
+pub struct Chat {
+    /// Instructions that stand before the conversation
+    #[arg(long)]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+#[derive(Subcommand)]
+pub enum Bench {
+    /// Tokens per second of prefill and decode, with the share of the hardware's limit
+    #[command(
+        after_help = "Example: longspan bench speed --prefill 512,4096,8192 --decode 0,8192 --json"
+    )]
+    Speed {
+        /// Prompt lengths to prefill from empty
+        #[arg(long, value_delimiter = ',', default_value = "512,4096")]
+        prefill: Vec<usize>,
+        /// Depths to decode at
+        #[arg(long, value_delimiter = ',', default_value = "0,4096")]
+        decode: Vec<usize>,
+        /// Tokens decoded per run
+        #[arg(long, default_value_t = 64)]
+        tokens: usize,
+        /// Runs; the median is printed
+        #[arg(long, default_value_t = 3)]
+        repeat: usize,
+    },
+    /// Agreement with reference logits (see scripts/parity/reference.py)
+    Parity {
+        /// Safetensors with input_ids and logits, or input_ids and nll
+        reference: PathBuf,
+    },
+    /// Accuracy of finding a number hidden in filler text, by policy
+    #[command(
+        after_help = "Example: longspan bench passkey --length 16384 --context infllm --prompts 10"
+    )]
+    Passkey {
+        /// Tokens of the text
+        #[arg(long, default_value_t = 16_384)]
+        length: usize,
+        /// Number of texts
+        #[arg(long, default_value_t = 10)]
+        prompts: usize,
+        /// The key lies at this share of the text, from..to
+        #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.6])]
+        depth: Vec<f64>,
+    },
+}

@@ -1,0 +1,63 @@
+//! The `longspan` program: arguments in, progress and answers out; all else lives in the library
+//! crates.
+
+mod bench;
+mod cli;
+mod models;
+mod papers;
+mod parity;
+mod reading;
+mod settings;
+mod ui;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    ui::watch_interrupts();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref::<ui::Interrupted>().is_some() => {
+            eprintln!("longspan: {error}");
+            ExitCode::from(130)
+        }
+        // A reader that went away (`| head`) is no failure of ours.
+        Err(error) if ui::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("longspan: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Err(message) = longspan_kernels::cpu::Level::forced() {
+        anyhow::bail!(message);
+    }
+    let common = settings::Settings::load()?.apply(cli.common)?;
+    if let Some(threads) = common.threads {
+        longspan_kernels::pool::Pool::request_threads(threads);
+    }
+    match cli.command {
+        Command::Pull { models } => models::pull(&models, &common),
+        Command::Models => models::list(&common),
+        Command::Info => models::info(&common),
+        Command::Ask(args) => reading::ask(&args, &common),
+        Command::Prepare(args) => reading::prepare(&args, &common),
+        Command::Generate(args) => reading::generate(&args, &common),
+        Command::Chat(args) => reading::chat(&args, &common),
+        Command::Bench { what } => bench::run(&what, &common),
+        Command::Papers { number } => papers::print(number, common.json),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "longspan",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+    }
+}
