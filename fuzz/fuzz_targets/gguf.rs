@@ -9,8 +9,17 @@ use longspan_nn::config::ModelConfig;
 use longspan_nn::weights::WeightSource;
 use longspan_nn::weights::gguf::{Gguf, GgufWeights};
 
-// The tokenizer catches panics of the library it uses; only those that come out count here.
-fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |bytes: &[u8]| {
+/// The tokenizer catches panics of the library it uses, so a panic counts only when it comes out
+/// here. To see the message of one, run the program on its file with `RUST_BACKTRACE=1`.
+fn quiet_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        if std::env::var_os("RUST_BACKTRACE").is_some() {
+            eprintln!("{panic}");
+        }
+    }));
+}
+
+fuzz_target!(init: quiet_panics(), |bytes: &[u8]| {
     let Ok(gguf) = Gguf::from_bytes(Path::new("fuzz.gguf"), bytes.to_vec()) else {
         return;
     };

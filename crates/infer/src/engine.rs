@@ -151,9 +151,9 @@ impl Sequence {
 
     /// Marks the present length as one that [`Engine::truncate`] can return to.
     pub fn commit(&mut self) {
-        if !self.policy.spec().rewinds {
-            self.committed = Some(Box::new(self.fork()));
-        }
+        // Full attention rewinds without it, unless the model has sliding layers, which drop pages.
+        self.committed = None;
+        self.committed = Some(Box::new(self.fork()));
     }
 }
 
@@ -444,7 +444,7 @@ impl Engine {
         }
         let Some(mark) = sequence.committed.take().filter(|mark| mark.len() <= len) else {
             let message = format!(
-                "{} forgets as it reads: a sequence of {} tokens cannot return to {len}, only to lengths since its last commit",
+                "under {} keys are dropped as the model reads: a sequence of {} tokens cannot return to {len}, only to lengths since its last commit",
                 sequence.options.context.name(),
                 sequence.len()
             );
@@ -453,8 +453,9 @@ impl Engine {
         let replay = sequence.tokens[mark.len()..len].to_vec();
         *sequence = mark.fork();
         sequence.committed = Some(mark);
-        if !replay.is_empty() {
-            self.forward(&mut [(sequence, &replay)], Want::Nothing)?;
+        // One at a time, as they were written: retrieval goes by calls.
+        for token in replay {
+            self.forward(&mut [(sequence, &[token])], Want::Nothing)?;
         }
         Ok(())
     }

@@ -54,7 +54,7 @@ fn options(context: &str) -> EngineOptions {
 
 fn ids(count: usize, seed: u32, vocab: usize) -> Vec<u32> {
     (0..count as u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed * 97) >> 7) % vocab as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(0x9e37_79b9)) >> 7) % vocab as u32)
         .collect()
 }
 
@@ -201,13 +201,7 @@ fn forks_and_returns_replay_bit_for_bit() {
                 "{model} {context}: the fork"
             );
             // Back to the commit, then on another way; and back to the middle of that.
-            let result = engine.truncate(&mut base, head.len());
-            if context == "full" && model == "gemma3" {
-                // Sliding layers drop pages only once whole ones are out of reach; here none is.
-                result.unwrap();
-                continue;
-            }
-            result.unwrap();
+            engine.truncate(&mut base, head.len()).unwrap();
             assert_eq!(
                 read(&engine, &mut base, &b, 1),
                 want_b,

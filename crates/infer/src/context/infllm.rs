@@ -218,12 +218,11 @@ impl InfLlm {
             return vec![(0..layer.blocks).collect(); units];
         }
         let index = ((at.start - layer.call_start) as usize) / self.config.exec_block;
-        let first = (at.start - layer.call_start) as usize;
         let width = queries.num_heads * queries.head_dim;
         let mut scores = layer.ahead[index].clone();
         let known = scores.len() / units;
         if known < layer.blocks {
-            let probe = self.probe(queries, first, at.queries);
+            let probe = self.probe(queries, 0, at.queries);
             scores.extend(
                 self.relevance(
                     &layer.repr,

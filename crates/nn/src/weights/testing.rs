@@ -315,3 +315,15 @@ fn gguf_name(name: &str, gemma: bool) -> String {
     };
     format!("blk.{layer}.{stem}.{kind}")
 }
+
+/// The small files that fuzzing starts from, by path.
+pub(crate) fn fuzz_corpus(target: &str) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../fuzz/corpus")
+        .join(target);
+    let files = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    files
+        .map(|file| file.unwrap().path())
+        .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+        .collect()
+}

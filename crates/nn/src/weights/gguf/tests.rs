@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::ModelConfig;
 use crate::weights::WeightSource;
-use crate::weights::testing::Tiny;
+use crate::weights::testing::{Tiny, fuzz_corpus};
 
 fn parse(bytes: Vec<u8>) -> Result<Gguf, WeightsError> {
     Gguf::from_bytes(Path::new("x.gguf"), bytes)
@@ -433,6 +433,27 @@ fn wrong_splits_are_refused() {
         w.to_bytes()
     };
     assert!(join(twice).unwrap_err().to_string().contains("`t0`"));
+}
+
+/// Chance seldom hits the one byte that says how many heads there are, so take every byte in turn.
+#[test]
+fn no_single_byte_makes_a_panic() {
+    let files = fuzz_corpus("gguf");
+    assert!(files.len() >= 5);
+    for (path, bytes) in files {
+        let whole = parse(bytes.clone()).unwrap();
+        let config = ModelConfig::from_gguf(&whole).unwrap();
+        let header = whole.tensors().iter().map(|t| t.offset).min().unwrap();
+        let weights = GgufWeights::new(whole, &config).unwrap();
+        assert!(config.check_tensors(&weights).is_ok(), "{}", path.display());
+        for at in 0..header {
+            for value in [0, 1, 2, 3, 8, 64, 255] {
+                let mut changed = bytes.clone();
+                changed[at] = value;
+                let _ = parse(changed).map(use_all);
+            }
+        }
+    }
 }
 
 proptest! {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::*;
 use crate::config::ModelConfig;
-use crate::weights::testing::{HIDDEN, Tiny};
+use crate::weights::testing::{HIDDEN, Tiny, fuzz_corpus};
 use crate::weights::{WeightSource, to_f32};
 
 fn parse(bytes: Vec<u8>) -> Result<Safetensors, WeightsError> {
@@ -281,6 +281,32 @@ fn shards_are_joined_by_their_index() {
     write("model.safetensors", &tiny.safetensors());
     let weights = HfWeights::open(folder.path(), &config).unwrap();
     assert_eq!(weights.shape("model.norm.weight"), Some(&[HIDDEN][..]));
+}
+
+#[test]
+fn no_single_byte_makes_a_panic() {
+    let files = fuzz_corpus("safetensors");
+    assert!(files.len() >= 2);
+    let config = config(&Tiny::ALL[3]);
+    for (_, bytes) in files {
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        parse(bytes.clone()).unwrap();
+        for at in 0..header {
+            for value in *b"\x00\x01\xff059-]}\",{" {
+                let mut changed = bytes.clone();
+                changed[at] = value;
+                let Ok(file) = parse(changed) else { continue };
+                let Ok(weights) = HfWeights::from_shards(Path::new("x"), vec![file], &config)
+                else {
+                    continue;
+                };
+                for name in weights.names() {
+                    let _ = weights.matrix(&name);
+                    let _ = weights.vector(&name);
+                }
+            }
+        }
+    }
 }
 
 proptest! {
