@@ -135,6 +135,10 @@ fn turned(
     out
 }
 
+/// One row's block in a round: row, first query, place, plan, and per part the queries at another
+/// angle than their own.
+type Work = (usize, usize, LayerAt, Plan, Vec<Option<Vec<f32>>>);
+
 /// Tiles of one part, as the kernel wants them.
 enum PartTiles<'a> {
     Shared(Vec<Tile<'a>>),
@@ -212,8 +216,7 @@ pub fn attend_rows(
         .max()
         .unwrap_or(0);
     for round in 0..rounds {
-        let mut work: Vec<(usize, usize, LayerAt, Plan, Vec<Option<Vec<f32>>>)> =
-            Vec::with_capacity(rows.len());
+        let mut work: Vec<Work> = Vec::with_capacity(rows.len());
         for (index, row) in rows.iter_mut().enumerate() {
             let block = block_of(row);
             let first = round * block;

@@ -6,6 +6,7 @@ use crate::kv::plane::TierFile;
 use crate::kv::{KvBytes, KvStore, Rows};
 use candle_core::{Device, Tensor};
 use longspan_kernels::attention::{KvDtype, KvLayout};
+use longspan_kernels::cpu::Level;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
 use longspan_nn::attention::{Attend, CausalAttention, rope_bases};
 use longspan_nn::model::Decoder;
@@ -57,9 +58,19 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
-            kv: KvDtype::Bf16,
+            kv: default_kv(),
             context: ContextConfig::Full,
         }
+    }
+}
+
+/// The 16-bit type that suits this CPU: bf16 where tiles multiply it, else f16, which is eight
+/// times as exact at the same size.
+pub fn default_kv() -> KvDtype {
+    if Level::current() == Level::Amx {
+        KvDtype::Bf16
+    } else {
+        KvDtype::F16
     }
 }
 

@@ -44,7 +44,8 @@ pub struct Header {
 }
 
 /// The names of the types of cached keys and values.
-pub const KV_NAMES: [(&str, KvDtype); 3] = [
+pub const KV_NAMES: [(&str, KvDtype); 4] = [
+    ("f16", KvDtype::F16),
     ("f32", KvDtype::F32),
     ("bf16", KvDtype::Bf16),
     ("int8", KvDtype::Int8),

@@ -2,7 +2,6 @@
 //! un-rotated, through the same [`attend_rows`] the engine uses, with f32 keys and values.
 
 #[path = "../../../tests/golden.rs"]
-#[allow(dead_code)]
 mod golden;
 
 use golden::Case;

@@ -1,7 +1,6 @@
 //! The laws every context policy keeps, on tiny random models with f32 keys and values.
 
 #[path = "../../../tests/golden.rs"]
-#[allow(dead_code)]
 mod golden;
 
 use candle_core::{DType, Device};
@@ -54,7 +53,12 @@ fn options(context: &str) -> EngineOptions {
 
 fn ids(count: usize, seed: u32, vocab: usize) -> Vec<u32> {
     (0..count as u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(0x9e37_79b9)) >> 7) % vocab as u32)
+        .map(|i| {
+            (i.wrapping_mul(2_654_435_761)
+                .wrapping_add(seed.wrapping_mul(0x9e37_79b9))
+                >> 7)
+                % vocab as u32
+        })
         .collect()
 }
 

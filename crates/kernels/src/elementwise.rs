@@ -131,7 +131,7 @@ multiversion! {
             let (gate, up) = row.split_at(width);
             for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
                 // gelu(x) = x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)), the tanh form.
-                let inner = 1.595_769_1 * (gate + 0.044715 * gate * gate * gate);
+                let inner = 1.595_769 * (gate + 0.044715 * gate * gate * gate);
                 *out = gate / (1.0 + exp(-inner)) * up;
             }
         }

@@ -94,7 +94,7 @@ pub struct Common {
     /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=..
     #[arg(long, global = true, value_name = "POLICY")]
     pub context: Option<String>,
-    /// Type of cached keys and values: bf16, int8, f32
+    /// Type of cached keys and values: f16, bf16, int8, f32; default f16, bf16 on CPUs with AMX
     #[arg(long, global = true)]
     pub kv: Option<String>,
     /// fast: packed weights and fused kernels; f32: the exact reference path

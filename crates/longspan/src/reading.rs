@@ -9,9 +9,11 @@ use longspan_data::document::{self, Document};
 use longspan_data::tokenize::Special;
 use longspan_infer::context::{ContextConfig, InfLlmConfig};
 use longspan_infer::decode::{SamplingConfig, Strategy, sample::Sample};
+use longspan_infer::engine::default_kv;
 use longspan_infer::prefix::PrefixCache;
 use longspan_infer::session::{KV_NAMES, Mode, SessionDir};
 use longspan_infer::{EngineError, EngineOptions, Sequence};
+use longspan_kernels::attention::KvDtype;
 use serde_json::json;
 use std::io::{self, BufRead, Write};
 use std::ops::ControlFlow;
@@ -29,14 +31,12 @@ struct ReadStats {
 }
 
 /// The type of cached keys and values that the options name.
-pub fn kv_dtype(common: &Common) -> Result<longspan_kernels::attention::KvDtype> {
+pub fn kv_dtype(common: &Common) -> Result<KvDtype> {
     // The reference path is exact in the cache too.
-    let default = if common.precision == Some(crate::cli::Precision::F32) {
-        "f32"
-    } else {
-        "bf16"
+    let exact = common.precision == Some(crate::cli::Precision::F32);
+    let Some(name) = common.kv.as_deref() else {
+        return Ok(if exact { KvDtype::F32 } else { default_kv() });
     };
-    let name = common.kv.as_deref().unwrap_or(default);
     let names = KV_NAMES.map(|(name, _)| name).join(", ");
     KV_NAMES
         .iter()

@@ -2,7 +2,6 @@
 //! 1e-5 in the dense path. Drop another folder into `tests/golden/tiny-models` to test it too.
 
 #[path = "../../../tests/golden.rs"]
-#[allow(dead_code)]
 mod golden;
 
 use candle_core::{DType, Device};

@@ -2,7 +2,6 @@
 //! through the same decoder (design of the trainer; transformers made the numbers).
 
 #[path = "../../../tests/golden.rs"]
-#[allow(dead_code)]
 mod golden;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};

@@ -140,9 +140,7 @@ impl ContextPolicy for LmInfinite {
         let mut parts = vec![
             Window::part(at, self.local),
             Part {
-                keys: Keys::Shared(vec![
-                    0..self.global.min(at.end().saturating_sub(self.local)),
-                ]),
+                keys: Keys::range(0..self.global.min(at.end().saturating_sub(self.local))),
                 form: KeyForm::Raw,
                 angle: Angle::AtMost(self.limit),
                 mask: Mask::Beyond(self.local),

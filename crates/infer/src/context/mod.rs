@@ -59,11 +59,18 @@ pub struct Part {
     pub column_sums: bool,
 }
 
+impl Keys {
+    /// One range for every head.
+    pub fn range(tokens: Range<u64>) -> Self {
+        Keys::Shared(std::iter::once(tokens).collect())
+    }
+}
+
 impl Part {
     /// Tokens in rotated form with queries at their own positions, causal.
     pub fn causal(tokens: Range<u64>) -> Self {
         Part {
-            keys: Keys::Shared(vec![tokens]),
+            keys: Keys::range(tokens),
             form: KeyForm::Rotated,
             angle: Angle::Own,
             mask: Mask::Causal,

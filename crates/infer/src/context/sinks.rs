@@ -57,9 +57,7 @@ impl ContextPolicy for Sinks {
 
     fn plan(&mut self, at: LayerAt, _: &Queries<'_>, _: &mut KvStore) -> io::Result<Plan> {
         let sinks = Part {
-            keys: Keys::Shared(vec![
-                0..self.n_init.min(at.end().saturating_sub(self.n_local)),
-            ]),
+            keys: Keys::range(0..self.n_init.min(at.end().saturating_sub(self.n_local))),
             form: KeyForm::Rotated,
             angle: Angle::AtMost(self.n_init + self.n_local - 1),
             mask: Mask::Beyond(self.n_local),

@@ -116,7 +116,8 @@ impl TileUnit for Hardware {
 
 /// Whether tiles fit this storage and head size; other shapes take the vector path.
 pub(super) fn fits<T: TileUnit>(args: &Attention) -> bool {
-    T::PRESENT && args.layout.dtype != KvDtype::F32 && args.layout.head_dim.is_multiple_of(32)
+    let held = matches!(args.layout.dtype, KvDtype::Bf16 | KvDtype::Int8);
+    T::PRESENT && held && args.layout.head_dim.is_multiple_of(32)
 }
 
 /// `c[2*16][2*16 of f32] (+)= a[2*16][32 * depth] * b`: one square of four accumulators.

@@ -7,7 +7,7 @@ use super::amx::{self, TileUnit};
 #[cfg(target_arch = "x86_64")]
 use super::codes::{self, CodeProduct};
 use super::layout::{PAGE, bf16_bits};
-use super::micro::{Bf16, Entries, F32, Format, Int8Key, Int8Value, Logits, Product, Running};
+use super::micro::{Bf16, Entries, F16, F32, Format, Int8Key, Int8Value, Logits, Product, Running};
 use super::{Attention, KvDtype, Tile, Tiles};
 use std::f32::consts::LOG2_E;
 
@@ -186,6 +186,7 @@ pub(super) unsafe fn run<'s, L: Entries, T: TileUnit>(
             };
             match args.layout.dtype {
                 KvDtype::F32 => step.run::<L, F32, F32>(scratch, tap),
+                KvDtype::F16 => step.run::<L, F16, F16>(scratch, tap),
                 KvDtype::Bf16 => step.run::<L, Bf16, Bf16>(scratch, tap),
                 KvDtype::Int8 => step.run::<L, Int8Key, Int8Value>(scratch, tap),
             }
@@ -589,6 +590,7 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
             match layout.dtype {
                 _ if tiled => amx::tile_logits::<L, T>(args, key, rows, query_bf16, room, s),
                 KvDtype::F32 => L::product::<F32>(&product),
+                KvDtype::F16 => expanded::<L, F16>(product, &mut scratch.keys),
                 KvDtype::Bf16 => expanded::<L, Bf16>(product, &mut scratch.keys),
                 KvDtype::Int8 => expanded::<L, Int8Key>(product, &mut scratch.keys),
             }

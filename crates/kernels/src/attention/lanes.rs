@@ -53,6 +53,10 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     unsafe fn bf16_even(from: *const u8) -> Self::V;
     /// The odd (high) bf16 of `N` interleaved pairs.
     unsafe fn bf16_odd(from: *const u8) -> Self::V;
+    /// The even (low) f16 of `N` interleaved pairs.
+    unsafe fn f16_even(from: *const u8) -> Self::V;
+    /// The odd (high) f16 of `N` interleaved pairs.
+    unsafe fn f16_odd(from: *const u8) -> Self::V;
     /// Byte `byte` of each of `N` fours of bytes, as a signed number; FLIP takes off 128 first.
     unsafe fn int8<const FLIP: bool>(from: *const u8, byte: usize) -> Self::V;
     /// Rounds `2 * N` numbers to bf16, `first` before `second`.
@@ -170,6 +174,16 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
+    unsafe fn f16_even(from: *const u8) -> [f32; 8] {
+        let pairs = from.cast::<[u32; 8]>().read_unaligned();
+        pairs.map(|pair| half::f16::from_bits(pair as u16).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn f16_odd(from: *const u8) -> [f32; 8] {
+        let pairs = from.cast::<[u32; 8]>().read_unaligned();
+        pairs.map(|pair| half::f16::from_bits((pair >> 16) as u16).to_f32())
+    }
+    #[inline(always)]
     unsafe fn bf16_even(from: *const u8) -> [f32; 8] {
         let pairs = from.cast::<[u32; 8]>().read_unaligned();
         pairs.map(|pair| f32::from_bits(pair << 16))
@@ -213,6 +227,15 @@ mod x86 {
 
     #[derive(Clone, Copy)]
     pub struct Avx2;
+
+    /// Eight f16 in the low halves of 32-bit lanes.
+    #[inline(always)]
+    unsafe fn f16_to_f32(lanes: __m256i) -> __m256 {
+        let packed = _mm256_packus_epi32(lanes, lanes);
+        _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b1000>(
+            packed,
+        )))
+    }
 
     impl Lanes for Avx2 {
         type V = __m256;
@@ -290,6 +313,15 @@ mod x86 {
             let set = _mm256_and_si256(_mm256_set1_epi32(bits as u8 as i32), lanes);
             let mask = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lanes));
             _mm256_blendv_ps(other, v, mask)
+        }
+        #[inline(always)]
+        unsafe fn f16_even(from: *const u8) -> __m256 {
+            let low = _mm256_set1_epi32(0xffff);
+            f16_to_f32(_mm256_and_si256(_mm256_loadu_si256(from.cast()), low))
+        }
+        #[inline(always)]
+        unsafe fn f16_odd(from: *const u8) -> __m256 {
+            f16_to_f32(_mm256_srli_epi32::<16>(_mm256_loadu_si256(from.cast())))
         }
         #[inline(always)]
         unsafe fn bf16_even(from: *const u8) -> __m256 {
@@ -398,6 +430,15 @@ mod x86 {
         #[inline(always)]
         unsafe fn select(bits: u64, v: __m512, other: __m512) -> __m512 {
             _mm512_mask_blend_ps(bits as u16, other, v)
+        }
+        #[inline(always)]
+        unsafe fn f16_even(from: *const u8) -> __m512 {
+            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_loadu_si512(from.cast())))
+        }
+        #[inline(always)]
+        unsafe fn f16_odd(from: *const u8) -> __m512 {
+            let high = _mm512_srli_epi32::<16>(_mm512_loadu_si512(from.cast()));
+            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(high))
         }
         #[inline(always)]
         unsafe fn bf16_even(from: *const u8) -> __m512 {

@@ -21,7 +21,10 @@ pub const PAGE: usize = 64;
 pub enum KvDtype {
     /// Exact reference storage, 4 bytes per element.
     F32,
-    /// 2 bytes per element, rounded to nearest even.
+    /// 2 bytes per element, rounded to nearest even, largest magnitude 65504: eight times as exact
+    /// as bf16, for CPUs without bf16 tiles.
+    F16,
+    /// 2 bytes per element, rounded to nearest even: the operand of AMX tiles.
     Bf16,
     /// 1 byte per element and one f32 scale per slot and head: `x ~ code * max|row| / 127`.
     Int8,
@@ -49,7 +52,7 @@ impl KvLayout {
         let elements = self.padded_dim() * PAGE;
         match self.dtype {
             KvDtype::F32 => elements * 4,
-            KvDtype::Bf16 => elements * 2,
+            KvDtype::F16 | KvDtype::Bf16 => elements * 2,
             KvDtype::Int8 => elements + PAGE * 4,
         }
     }
@@ -74,9 +77,10 @@ impl KvLayout {
                         put(section, (dim * PAGE + slot) * 4, x.to_ne_bytes());
                     }
                 }
-                KvDtype::Bf16 => {
+                KvDtype::F16 | KvDtype::Bf16 => {
                     for (pair, x) in row.chunks_exact(2).enumerate() {
-                        let both = bf16_bits(x[0]) as u32 | (bf16_bits(x[1]) as u32) << 16;
+                        let both =
+                            self.half_bits(x[0]) as u32 | (self.half_bits(x[1]) as u32) << 16;
                         put(section, (pair * PAGE + slot) * 4, both.to_ne_bytes());
                     }
                 }
@@ -110,11 +114,11 @@ impl KvLayout {
                         bytes.copy_from_slice(&x.to_ne_bytes());
                     }
                 }
-                KvDtype::Bf16 => {
+                KvDtype::F16 | KvDtype::Bf16 => {
                     let at = (slot / 2) * width * 4;
                     let pairs = section[at..at + width * 4].chunks_exact_mut(4);
                     for (pair, &x) in pairs.zip(row) {
-                        pair[slot % 2 * 2..][..2].copy_from_slice(&bf16_bits(x).to_ne_bytes());
+                        pair[slot % 2 * 2..][..2].copy_from_slice(&self.half_bits(x).to_ne_bytes());
                     }
                 }
                 KvDtype::Int8 => {
@@ -143,7 +147,9 @@ impl KvLayout {
         for (dim, x) in out.iter_mut().enumerate() {
             *x = match self.dtype {
                 KvDtype::F32 => f32_at(section, (dim * PAGE + slot) * 4),
-                KvDtype::Bf16 => bf16_at(section, ((dim / 2 * PAGE + slot) * 2 + dim % 2) * 2),
+                KvDtype::F16 | KvDtype::Bf16 => {
+                    self.half_at(section, ((dim / 2 * PAGE + slot) * 2 + dim % 2) * 2)
+                }
                 KvDtype::Int8 => {
                     (section[(dim / 4 * PAGE + slot) * 4 + dim % 4] ^ 0x80) as i8 as f32
                         * f32_at(section, self.padded_dim() * PAGE + slot * 4)
@@ -167,12 +173,29 @@ impl KvLayout {
         for (dim, x) in out.iter_mut().enumerate() {
             *x = match self.dtype {
                 KvDtype::F32 => f32_at(section, (slot * width + dim) * 4),
-                KvDtype::Bf16 => bf16_at(section, ((slot / 2 * width + dim) * 2 + slot % 2) * 2),
+                KvDtype::F16 | KvDtype::Bf16 => {
+                    self.half_at(section, ((slot / 2 * width + dim) * 2 + slot % 2) * 2)
+                }
                 KvDtype::Int8 => {
                     section[(slot / 4 * width + dim) * 4 + slot % 4] as i8 as f32
                         * f32_at(section, width * PAGE + slot * 4)
                 }
             };
+        }
+    }
+
+    /// A number in the layout's 16-bit type.
+    fn half_bits(&self, x: f32) -> u16 {
+        match self.dtype {
+            KvDtype::F16 => half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits(),
+            _ => bf16_bits(x),
+        }
+    }
+
+    fn half_at(&self, section: &[u8], at: usize) -> f32 {
+        match self.dtype {
+            KvDtype::F16 => half::f16::from_ne_bytes([section[at], section[at + 1]]).to_f32(),
+            _ => bf16_at(section, at),
         }
     }
 

@@ -22,6 +22,8 @@ pub(super) trait Format: Copy + 'static {
 #[derive(Clone, Copy)]
 pub(super) struct F32;
 #[derive(Clone, Copy)]
+pub(super) struct F16;
+#[derive(Clone, Copy)]
 pub(super) struct Bf16;
 /// Keys, stored with 128 added.
 #[derive(Clone, Copy)]
@@ -38,6 +40,18 @@ impl Format for F32 {
     #[inline(always)]
     unsafe fn odd<L: Lanes>(base: *const u8, cols: usize, pair: usize, col: usize) -> L::V {
         L::load(base.cast::<f32>().add((2 * pair + 1) * cols + col))
+    }
+}
+
+impl Format for F16 {
+    const PAIR: usize = 4;
+    #[inline(always)]
+    unsafe fn even<L: Lanes>(base: *const u8, cols: usize, pair: usize, col: usize) -> L::V {
+        L::f16_even(base.add((pair * cols + col) * 4))
+    }
+    #[inline(always)]
+    unsafe fn odd<L: Lanes>(base: *const u8, cols: usize, pair: usize, col: usize) -> L::V {
+        L::f16_odd(base.add((pair * cols + col) * 4))
     }
 }
 
@@ -225,7 +239,7 @@ macro_rules! entries {
 
 entries!(Portable);
 #[cfg(target_arch = "x86_64")]
-entries!(Avx2, "avx2,fma");
+entries!(Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 entries!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 

@@ -49,7 +49,12 @@ struct Case {
 
 fn case() -> impl Strategy<Value = Case> {
     (
-        prop::sample::select(vec![KvDtype::F32, KvDtype::Bf16, KvDtype::Int8]),
+        prop::sample::select(vec![
+            KvDtype::F32,
+            KvDtype::F16,
+            KvDtype::Bf16,
+            KvDtype::Int8,
+        ]),
         prop::sample::select(vec![8usize, 16, 64, 80, 128, 256]),
         1usize..3,
         prop::sample::select(vec![1usize, 3, 7, 9]),
@@ -260,7 +265,7 @@ proptest! {
             let bound = match args.layout.dtype {
                 KvDtype::F32 => 1e-6,
                 _ if Level::current() == Level::Amx => 2e-2,
-                KvDtype::Bf16 => 1e-6,
+                KvDtype::F16 | KvDtype::Bf16 => 1e-6,
                 KvDtype::Int8 => 1e-4,
             };
             let gap = distance(&out, &other);
@@ -294,6 +299,7 @@ fn context<'a>(pages: &'a [(Vec<u8>, Vec<u8>)], last: u8) -> Vec<Tile<'a>> {
 fn batches_and_split_keys_agree_with_the_naive_twin() {
     for (dtype, tolerance) in [
         (KvDtype::F32, 2e-5),
+        (KvDtype::F16, 2e-5),
         (KvDtype::Bf16, 2e-5),
         (KvDtype::Int8, 2e-4),
     ] {
@@ -422,6 +428,7 @@ fn pages_read_back_what_was_written() {
     let random = &mut Random(11);
     for (dtype, tolerance) in [
         (KvDtype::F32, 0.0),
+        (KvDtype::F16, 3e-4),
         (KvDtype::Bf16, 2e-3),
         (KvDtype::Int8, 4e-3),
     ] {

@@ -68,7 +68,7 @@ pub(super) fn load(policy: &mut InfLlm, input: &mut dyn Read) -> io::Result<()> 
             .map(|_| read_f32s(input))
             .collect::<io::Result<Vec<_>>>()?;
         let repr = read_f32s(input)?;
-        if blocks > 0 && (repr.len() as u64 % blocks != 0 || repr.is_empty()) {
+        if blocks > 0 && (!(repr.len() as u64).is_multiple_of(blocks) || repr.is_empty()) {
             return Err(wrong("the number of blocks", blocks));
         }
         let mut cache = BlockCache {
