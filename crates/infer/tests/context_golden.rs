@@ -152,11 +152,7 @@ fn run_infllm(case: &Case, compat_overlap: bool) {
         exec_block: case.meta_usize("exc_block"),
         max_cached: case.meta_usize("max_cached"),
         evict: if lru_s { Evict::LruS } else { Evict::Lru },
-        decay: if lru_s {
-            case.meta_f64("decay") as f32
-        } else {
-            0.1
-        },
+        decay: if lru_s { case.meta_f64("decay") } else { 0.1 },
         heads: Heads::Shared,
         chunk: case.meta_usize("exc_block"),
         compat_overlap,

@@ -11,3 +11,4 @@ pub mod matmul;
 pub mod ops;
 pub mod pool;
 pub mod quant;
+mod tile;

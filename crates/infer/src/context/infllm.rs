@@ -63,7 +63,7 @@ pub struct InfLlmConfig {
     /// Which blocks leave memory first.
     pub evict: Evict,
     /// Decay of `lru-s`.
-    pub decay: f32,
+    pub decay: f64,
     /// Who shares a pick.
     pub heads: Heads,
     /// Most tokens of one call, a multiple of `exec_block`; does not change results.
@@ -454,7 +454,7 @@ impl ContextPolicy for InfLlm {
             let received = far.by_tokens(num_heads, |token| {
                 (token - self.config.n_init) / self.config.block
             });
-            layer.cache.receive(self.config.decay, &received);
+            layer.cache.receive(self.config.decay as f32, &received);
         }
         self.advance(at, num_heads, store)
     }

@@ -3,12 +3,13 @@
 //! Rows of a block are (head of the group, query) pairs, head-major, so that every key and value
 //! read serves all of them, and a list of one query head serves a contiguous share of them.
 
-use super::amx::{self, TileUnit};
+use super::amx;
 #[cfg(target_arch = "x86_64")]
 use super::codes::{self, CodeProduct};
 use super::layout::{PAGE, bf16_bits};
 use super::micro::{Bf16, Entries, F16, F32, Format, Int8Key, Int8Value, Logits, Product, Running};
 use super::{Attention, KvDtype, Tile, Tiles};
+use crate::tile::TileUnit;
 use std::f32::consts::LOG2_E;
 
 /// From this many rows on, a tile is expanded to f32 once instead of by each share of rows.

@@ -4,9 +4,6 @@
 //! are split as well and the partial softmaxes merged by their maxima and sums. Calls too small
 //! to be worth waking a thread run on the caller.
 
-#[cfg(target_arch = "x86_64")]
-use super::amx::Hardware;
-use super::amx::{NoTiles, TileUnit};
 use super::flash::{self, Block, Outcome, Scratch};
 use super::lanes::Portable;
 #[cfg(target_arch = "x86_64")]
@@ -16,6 +13,9 @@ use super::micro::Entries;
 use super::{Attention, AttentionOutput, KvDtype, Tiles};
 use crate::cpu::Level;
 use crate::pool::{Pool, SharedMut};
+#[cfg(target_arch = "x86_64")]
+use crate::tile::Hardware;
+use crate::tile::{NoTiles, TileUnit};
 use std::cell::RefCell;
 use std::f32::consts::LN_2;
 

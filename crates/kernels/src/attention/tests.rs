@@ -178,7 +178,7 @@ fn assert_like_naive(level: Level, args: &Attention, tolerance: f32) {
 /// `sum |q k|`, outputs by that share and another 2^-9 of the largest value, which is 1.
 #[cfg(target_arch = "x86_64")]
 fn assert_tiles_like_naive(args: &Attention) {
-    use super::amx::emulated::Emulated;
+    use crate::tile::emulated::Emulated;
     let mut out = vec![f32::NAN; args.queries * args.num_heads * args.layout.head_dim];
     let mut expected = out.clone();
     let truth = attention_naive(args, &mut expected);

@@ -33,7 +33,7 @@ const WIDE: usize = 8;
 /// The 32 codes of 16 rows: register `i` holds inputs `4 i .. 4 i + 4` of each row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn unpack<const BITS: u8>(block: *const u8, group: usize) -> [__m512i; 8] {
+pub(super) unsafe fn unpack<const BITS: u8>(block: *const u8, group: usize) -> [__m512i; 8] {
     let load = |at: usize| _mm512_loadu_si512(block.add(at).cast());
     let mut codes = [_mm512_setzero_si512(); 8];
     if BITS == 8 {

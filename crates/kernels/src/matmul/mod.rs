@@ -4,9 +4,11 @@
 //! Each group of 32 activations becomes 16-bit integers with one f32 scale (`activation.rs`), and
 //! integer dot products run on the codes as they are, for one row as for thousands. Integer sums
 //! are exact, so the only errors are a 16-bit rounding of `x` and f32 sums over groups. Dense
-//! panels (bf16) multiply f32 activations.
+//! panels (bf16) multiply f32 activations. Prefill on AMX rounds both sides to bf16 (`amx.rs`).
 
 mod activation;
+#[cfg(any(test, target_arch = "x86_64"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +25,8 @@ pub use naive::matmul_naive;
 use crate::cpu::Level;
 use crate::pool::{Pool, SharedMut};
 use crate::quant::GgmlType;
+#[cfg(target_arch = "x86_64")]
+use crate::tile::Hardware;
 use activation::{Activations, RowBlock};
 use format::{Format, LANES};
 use std::cell::RefCell;
@@ -218,6 +222,12 @@ impl PackedMatrix {
             assert_eq!(bias.len(), self.rows, "bias must be [rows]");
         }
         if m == 0 || self.rows == 0 {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Amx && m >= amx::MIN_ROWS {
+            // SAFETY: the level was checked, and it implies AVX-512.
+            unsafe { amx::product::<Hardware, amx::Avx512>(self, x, m, out, epilogue) };
             return;
         }
         // A task that itself calls matmul (nested jobs) finds the cell borrowed: give it its own.

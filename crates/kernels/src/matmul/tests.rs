@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::quant::dequantize;
+use crate::tile::emulated::Emulated;
 use proptest::prelude::*;
 
 /// Reproducible noise in `-1..1`.
@@ -74,6 +75,47 @@ fn tolerance(x: &[f32], w: &[f32]) -> f32 {
     total * 2f32.powi(-18) + largest * weights * 2f32.powi(-16) + 1e-6
 }
 
+/// The same on bf16 tiles: each factor is rounded by at most 2^-9 of itself, a product by 2^-8
+/// and a little; f32 sums add 2^-18 as above.
+fn tile_tolerance(x: &[f32], w: &[f32]) -> f32 {
+    let total: f32 = x.iter().zip(w).map(|(x, w)| (x * w).abs()).sum();
+    total * (2f32.powi(-8) + 2f32.powi(-16)) + 1e-6
+}
+
+/// One way to compute a product.
+type Product = fn(&PackedMatrix, &[f32], usize, &mut [f32], Epilogue<'_>);
+
+const LEVELS: [(Level, Product); 4] = [
+    (Level::Portable, |w, x, m, out, how| {
+        w.matmul_at(Level::Portable, x, m, out, how)
+    }),
+    (Level::Avx2, |w, x, m, out, how| {
+        w.matmul_at(Level::Avx2, x, m, out, how)
+    }),
+    (Level::Avx512, |w, x, m, out, how| {
+        w.matmul_at(Level::Avx512, x, m, out, how)
+    }),
+    (Level::Amx, |w, x, m, out, how| {
+        w.matmul_at(Level::Amx, x, m, out, how)
+    }),
+];
+
+/// The tile path on the emulated unit, with every way to fill tiles that this CPU has.
+fn tile_products() -> Vec<(&'static str, Product)> {
+    let mut products: Vec<(&str, Product)> = vec![("plain tiles", |w, x, m, out, how| {
+        // SAFETY: any CPU has what these are made of.
+        unsafe { amx::product::<Emulated, amx::Plain>(w, x, m, out, how) }
+    })];
+    #[cfg(target_arch = "x86_64")]
+    if Level::detected() >= Level::Avx512 {
+        products.push(("tiles", |w, x, m, out, how| {
+            // SAFETY: the level was checked.
+            unsafe { amx::product::<Emulated, amx::Avx512>(w, x, m, out, how) }
+        }));
+    }
+    products
+}
+
 fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
     let tensors: Vec<Vec<u8>> = parts
         .iter()
@@ -125,7 +167,20 @@ fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
     let start = noise(seed + 97, m * rows);
     let mut expected = vec![0.0; m * rows];
     matmul_naive(&packed, rows, cols, &x, m, &mut expected);
-    for level in Level::available() {
+    let mut ways: Vec<(&str, Product, bool)> = tile_products()
+        .into_iter()
+        .map(|(name, product)| (name, product, true))
+        .collect();
+    for (level, product) in LEVELS {
+        if level <= Level::detected() {
+            ways.push((
+                level.name(),
+                product,
+                level == Level::Amx && m >= amx::MIN_ROWS,
+            ));
+        }
+    }
+    for (name, product, tiled) in ways {
         for (with_bias, accumulate) in [(false, false), (true, false), (false, true), (true, true)]
         {
             let epilogue = Epilogue {
@@ -133,18 +188,20 @@ fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
                 accumulate,
             };
             let mut out = start.clone();
-            matrix.matmul_at(level, &x, m, &mut out, epilogue);
+            product(&matrix, &x, m, &mut out, epilogue);
             for (index, &found) in out.iter().enumerate() {
                 let (r, row) = (index / rows, index % rows);
                 let mut expected = expected[index];
                 expected += if with_bias { bias[row] } else { 0.0 };
                 expected += if accumulate { start[index] } else { 0.0 };
                 let (x, w) = (&x[r * cols..][..cols], &packed[row * cols..][..cols]);
-                let allowed = tolerance(x, w);
+                let allowed = match tiled {
+                    true => tile_tolerance(x, w),
+                    false => tolerance(x, w),
+                };
                 assert!(
                     (found - expected).abs() <= allowed,
-                    "{} {:?} [{m}, {cols}] x [{rows}] at ({r}, {row}): {found}, not {expected} within {allowed}",
-                    level.name(),
+                    "{name} {:?} [{m}, {cols}] x [{rows}] at ({r}, {row}): {found}, not {expected} within {allowed}",
                     types[row],
                 );
             }
@@ -183,6 +240,56 @@ fn one_row_and_whole_blocks_of_rows() {
     }
 }
 
+/// With both sides rounded beforehand, only the f32 sums are left to differ. The types are those
+/// whose weights are exact in f32 before they are rounded, whatever the order of operations.
+/// The shapes pass the ends of a unit's rows, panels and depth.
+#[test]
+fn tiles_round_the_factors_and_nothing_else() {
+    let round = |values: &mut [f32]| {
+        for value in values {
+            *value = half::bf16::from_f32(*value).to_f32();
+        }
+    };
+    for (ty, m, rows, cols) in [
+        (GgmlType::Q4_0, 1056 + 17, 20, 64),
+        (GgmlType::Q5_0, 33, 16 * 19 + 3, 96),
+        (GgmlType::Q8_0, 48, 40, 1056),
+        (GgmlType::Q3K, 40, 33, 768),
+        (GgmlType::Q6K, 50, 17, 1280),
+        (GgmlType::BF16, 37, 50, 1041),
+    ] {
+        let bytes = random_tensor(ty, rows * cols, 11);
+        let source = MatrixSource {
+            ty,
+            rows,
+            bytes: &bytes,
+        };
+        let matrix = PackedMatrix::pack(cols, &[source]).unwrap();
+        let mut w = vec![0.0; rows * cols];
+        for (row, w) in w.chunks_mut(cols).enumerate() {
+            matrix.dequantize_row(row, w);
+        }
+        let mut x = noise(5, m * cols);
+        let original = x.clone();
+        round(&mut w);
+        round(&mut x);
+        let mut expected = vec![0.0; m * rows];
+        matmul_naive(&w, rows, cols, &x, m, &mut expected);
+        for (name, product) in tile_products() {
+            let mut out = vec![f32::NAN; m * rows];
+            product(&matrix, &original, m, &mut out, Epilogue::default());
+            for (index, (found, expected)) in out.iter().zip(&expected).enumerate() {
+                let (x, w) = (&x[index / rows * cols..], &w[index % rows * cols..][..cols]);
+                let total: f32 = x.iter().zip(w).map(|(x, w)| (x * w).abs()).sum();
+                assert!(
+                    (found - expected).abs() <= total * 2f32.powi(-18),
+                    "{name} {ty:?} at {index}: {found}, not {expected}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn a_group_that_is_not_finite_spoils_its_row_alone() {
     let bytes = random_tensor(GgmlType::Q4_0, 32 * 64, 3);
@@ -192,17 +299,17 @@ fn a_group_that_is_not_finite_spoils_its_row_alone() {
         bytes: &bytes,
     };
     let matrix = PackedMatrix::pack(64, &[source]).unwrap();
-    for level in Level::available() {
+    let products = LEVELS
+        .into_iter()
+        .filter(|(level, _)| *level <= Level::detected())
+        .map(|(level, product)| (level.name(), product));
+    for (name, product) in products.chain(tile_products()) {
         for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = noise(1, 3 * 64);
             x[64 + 40] = poison;
             let mut out = vec![0.0; 3 * 32];
-            matrix.matmul_at(level, &x, 3, &mut out, Epilogue::default());
-            assert!(
-                out[32..64].iter().all(|v| !v.is_finite()),
-                "{}",
-                level.name()
-            );
+            product(&matrix, &x, 3, &mut out, Epilogue::default());
+            assert!(out[32..64].iter().all(|v| !v.is_finite()), "{name}");
             assert!(out[..32].iter().chain(&out[64..]).all(|v| v.is_finite()));
         }
     }

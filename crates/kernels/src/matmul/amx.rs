@@ -1,0 +1,360 @@
+//! Prefill on bf16 tiles (AMX): `x` is packed once into left-hand tiles, and the codes of a few
+//! panels at a time become right-hand tiles that all rows of `x` meet while they are in cache.
+//!
+//! A group of 32 inputs of a panel is one tile of 16 x 32 weights, in the order in which dense
+//! panels are stored already. Both sides are rounded to bf16 (dense weights are bf16), products
+//! are summed in f32: an output is off by at most 2^-8 of `sum |x| |w|`, typically far less, where
+//! the integer kernels stay within 2^-16 of each group's largest `x`.
+
+use super::format::{Format, GROUP, LANES};
+use super::{Epilogue, PackedMatrix, share, store};
+use crate::pool::{Pool, SharedMut};
+use crate::tile::{TileUnit, square};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// From this many rows on, tiles are faster than dot products on the codes.
+pub(super) const MIN_ROWS: usize = 32;
+
+// A unit of work is some row tiles times some panels. Over `DEPTH` tiles of inputs at a time its
+// left tiles (1 MiB), right tiles of two panels (32 KiB) and sums (512 KiB) stay in a core's
+// second-level cache, and each weight is unpacked once for all the rows.
+const ROW_TILES: usize = 64;
+const PANELS: usize = 8;
+const DEPTH: usize = 16;
+
+/// 16 rows of 64 bytes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Tile([u8; 1024]);
+
+const ROW_BYTES: usize = 64;
+
+thread_local! {
+    /// Left-hand tiles, filled and read by all threads on behalf of the one that calls.
+    static LEFT: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
+    /// Right-hand tiles of two panels, then the sums `[row tile][PANELS]` of a unit.
+    static ROOM: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
+}
+
+fn grow(tiles: &mut Vec<Tile>, len: usize) {
+    if tiles.len() < len {
+        tiles.resize(len, Tile([0; 1024]));
+    }
+}
+
+/// Fills tiles. `to` is `[groups][16][32]` of bf16 bits.
+pub(super) trait Fill {
+    /// 1 to 16 rows of `x` `[rows, cols]`; missing rows and columns become zeros.
+    unsafe fn left(x: &[f32], rows: usize, cols: usize, groups: usize, to: *mut u8);
+    /// The weights of some groups of a panel, without the rows' multipliers.
+    unsafe fn right(format: Format, panel: *const u8, groups: Range<usize>, to: *mut u8);
+}
+
+/// `out (=|+=) x . W^T (+ bias)`, the slices' lengths checked by the caller.
+///
+/// # Safety
+/// The CPU has the instructions of `T` and `F`.
+pub(super) unsafe fn product<T: TileUnit, F: Fill>(
+    matrix: &PackedMatrix,
+    x: &[f32],
+    m: usize,
+    out: &mut [f32],
+    how: Epilogue<'_>,
+) {
+    let cols = matrix.cols;
+    let groups = cols.div_ceil(GROUP);
+    let row_tiles = m.div_ceil(LANES);
+    let mut tiles = LEFT.take();
+    grow(&mut tiles, row_tiles * groups);
+    let left = SharedMut::new(&mut tiles);
+    Pool::global().for_each(row_tiles, |tile| {
+        let first = tile * LANES;
+        let rows = LANES.min(m - first);
+        // SAFETY: each row tile is one task's.
+        unsafe {
+            let to = left.slice(tile * groups, groups).as_mut_ptr();
+            F::left(
+                &x[first * cols..][..rows * cols],
+                rows,
+                cols,
+                groups,
+                to.cast(),
+            );
+        }
+    });
+    let left: &[Tile] = &tiles;
+    walk::<T>(
+        matrix,
+        m,
+        groups,
+        // SAFETY: panels and ranges lie within the matrix, the room takes a range.
+        |panel, range, room| unsafe {
+            let (segment, data, ..) = matrix.panel(panel);
+            if segment.format.dense() {
+                return data.as_ptr().add(range.start * size_of::<Tile>());
+            }
+            F::right(segment.format, data.as_ptr(), range, room);
+            room.cast_const()
+        },
+        // SAFETY: as above; the walk configures `T`.
+        |rows, range, b, c, add| unsafe {
+            let tile = |row: usize, i: usize| -> *const u8 {
+                left[row * groups + range.start + i].0.as_ptr()
+            };
+            let b = |i: usize| b.map(|tiles| tiles.add(i * size_of::<Tile>()));
+            if rows.len() == 2 {
+                let a = |i: usize| [tile(rows.start, i), tile(rows.start + 1, i)];
+                square::<T, true>(a, ROW_BYTES, b, ROW_BYTES, range.len(), c, ROW_BYTES, add);
+            } else {
+                let a = |i: usize| [tile(rows.start, i); 2];
+                square::<T, false>(a, ROW_BYTES, b, ROW_BYTES, range.len(), c, ROW_BYTES, add);
+            }
+        },
+        out,
+        |out, sums, panel, row| {
+            let multipliers = &matrix.multipliers[panel * LANES..][..LANES];
+            store(out, sums, multipliers, row, how);
+        },
+    );
+    LEFT.set(tiles);
+}
+
+/// Runs every panel over every row tile, `steps` tiles deep.
+///
+/// `right(panel, range, room)` yields the right-hand tiles of a range of steps, in `room` if need
+/// be. `multiply(row tiles, range, right, c, add)` makes one square: one or two row tiles by two
+/// panels, results in the four tiles `c`. `finish(out, sums, panel, row of W)` stores the
+/// outputs of one panel for one row of x.
+fn walk<T: TileUnit>(
+    matrix: &PackedMatrix,
+    m: usize,
+    steps: usize,
+    right: impl Fn(usize, Range<usize>, *mut u8) -> *const u8 + Sync,
+    multiply: impl Fn(Range<usize>, Range<usize>, [*const u8; 2], [*mut u8; 4], bool) + Sync,
+    out: &mut [f32],
+    finish: impl Fn(&mut [f32], &[f32; LANES], usize, usize) + Sync,
+) {
+    let out = SharedMut::new(out);
+    let row_tiles = m.div_ceil(LANES);
+    let chunks = row_tiles.div_ceil(ROW_TILES);
+    let chunk = row_tiles.div_ceil(chunks).next_multiple_of(2);
+    // Fewer panels at a time when there would be less than four units for each thread.
+    let even = chunks * matrix.panels / (4 * Pool::global().threads());
+    let width = (even / 2 * 2).clamp(2, PANELS);
+    let columns = matrix.panels.div_ceil(width);
+    share(chunks * columns, |unit| {
+        let first = unit / columns * chunk;
+        let rows = first..(first + chunk).min(row_tiles);
+        let panel = unit % columns * width;
+        let panels = panel..(panel + width).min(matrix.panels);
+        ROOM.with_borrow_mut(|room| {
+            grow(room, 2 * DEPTH + chunk * PANELS);
+            let (tiles, sums) = room.split_at_mut(2 * DEPTH);
+            let (tiles, sums) = (tiles.as_mut_ptr(), sums.as_mut_ptr());
+            // SAFETY: `T` is configured; `tiles` takes two panels, `sums` every square: panels
+            // come in twos, of which the last may stand for itself twice.
+            unsafe {
+                T::configure();
+                for start in (0..steps).step_by(DEPTH) {
+                    let range = start..(start + DEPTH).min(steps);
+                    for panel in panels.clone().step_by(2) {
+                        let b = [0, 1].map(|i| {
+                            let panel = (panel + i).min(panels.end - 1);
+                            right(panel, range.clone(), tiles.add(i * DEPTH).cast())
+                        });
+                        for row in rows.clone().step_by(2) {
+                            let at = (row - first) * PANELS + panel - panels.start;
+                            let c = [0, 1, PANELS, PANELS + 1];
+                            let pair = row..(row + 2).min(rows.end);
+                            // The lower half of a lone row tile is not touched.
+                            let c = c.map(|i| sums.wrapping_add(at + i).cast::<u8>());
+                            multiply(pair, range.clone(), b, c, start > 0);
+                        }
+                    }
+                }
+                T::release();
+            }
+            // First output row of each panel, and how many there are.
+            let mut places = [(0, 0); PANELS];
+            for (place, panel) in places.iter_mut().zip(panels.clone()) {
+                let (.., row, count) = matrix.panel(panel);
+                *place = (row, count);
+            }
+            for r in rows.start * LANES..m.min(rows.end * LANES) {
+                let tiles = (r / LANES - first) * PANELS;
+                for (index, panel) in panels.clone().enumerate() {
+                    let (row, count) = places[index];
+                    // SAFETY: written above; each output is one unit's.
+                    unsafe {
+                        let sums = sums.add(tiles + index).cast::<[f32; LANES]>();
+                        let out = out.slice(r * matrix.rows + row, count);
+                        finish(out, &*sums.add(r % LANES), panel, row);
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// Tiles filled with AVX-512 instructions.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Avx512;
+
+#[cfg(target_arch = "x86_64")]
+impl Fill for Avx512 {
+    unsafe fn left(x: &[f32], rows: usize, cols: usize, groups: usize, to: *mut u8) {
+        vectors::left(x, rows, cols, groups, to);
+    }
+
+    unsafe fn right(format: Format, panel: *const u8, groups: Range<usize>, to: *mut u8) {
+        macro_rules! select {
+            ($($bits:literal $min:literal $halves:literal),+) => {
+                match (format.bits, format.min, format.halves) {
+                    $(($bits, $min, $halves) => {
+                        vectors::right::<$bits, $min, $halves>(format.offset, panel, groups, to)
+                    })+
+                    other => unreachable!("no format {other:?}"),
+                }
+            };
+        }
+        select!(
+            4 false false, 4 true false, 5 false false, 5 true false, 6 false true,
+            8 false false, 4 true true, 4 false true
+        )
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use super::super::avx512::unpack;
+    use super::{Format, GROUP, ROW_BYTES, Tile};
+    use std::arch::x86_64::*;
+    use std::ops::Range;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn left(x: &[f32], rows: usize, cols: usize, groups: usize, to: *mut u8) {
+        for r in 0..16 {
+            for group in 0..groups {
+                let left = match r < rows {
+                    true => (cols - group * GROUP).min(GROUP),
+                    false => 0,
+                };
+                let mask = ((1u64 << left) - 1) as u32;
+                let start = x.as_ptr().wrapping_add(r * cols + group * GROUP);
+                let first = _mm512_maskz_loadu_ps(mask as u16, start);
+                let second = _mm512_maskz_loadu_ps((mask >> 16) as u16, start.wrapping_add(16));
+                // The intrinsic puts its second operand into the low half.
+                let both = _mm512_cvtne2ps_pbh(second, first);
+                let to = to.add(group * size_of::<Tile>() + r * ROW_BYTES);
+                to.cast::<__m512bh>().write(both);
+            }
+        }
+    }
+
+    /// `d * u + m` per row and group.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub unsafe fn right<const BITS: u8, const MIN: bool, const HALVES: bool>(
+        offset: u8,
+        panel: *const u8,
+        groups: Range<usize>,
+        mut to: *mut u8,
+    ) {
+        let format = Format {
+            bits: BITS,
+            min: MIN,
+            halves: HALVES,
+            offset,
+        };
+        // A code in bits 15 to 22 of this f32 makes it `256 + code`, without a conversion.
+        const MAGIC: f32 = 256.0;
+        let magic = _mm512_castps_si512(_mm512_set1_ps(MAGIC));
+        let field = _mm512_set1_epi32(0xff << 15);
+        let shift = _mm512_set1_ps(-MAGIC - if MIN { 0.0 } else { f32::from(offset) });
+        // Word `2 i` of a tile's row from the first half of a register, `2 i + 1` from the other.
+        let words: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+        let interleave = _mm512_loadu_si512(words.as_ptr().cast());
+        for group in groups {
+            let block = panel.add(group / 2 * format.block_bytes());
+            let group = group % 2;
+            let codes = unpack::<BITS>(block, group);
+            let scale = |at: usize, half: usize| {
+                let at = at
+                    + if HALVES {
+                        64 * group + 32 * half
+                    } else {
+                        32 * group
+                    };
+                _mm512_cvtph_ps(_mm256_loadu_si256(block.add(at).cast()))
+            };
+            for half in 0..2 {
+                let part = if HALVES { half } else { 0 };
+                let d = scale(format.scales_at(), part);
+                let m = match MIN {
+                    true => _mm512_fmadd_ps(d, shift, scale(format.mins_at(), part)),
+                    false => _mm512_mul_ps(d, shift),
+                };
+                for codes in &codes[4 * half..][..4] {
+                    let weight = |shifted: __m512i| {
+                        // 0xea: first & second | third
+                        let code = _mm512_ternarylogic_epi32::<0xea>(shifted, field, magic);
+                        _mm512_fmadd_ps(_mm512_castsi512_ps(code), d, m)
+                    };
+                    let weights = [
+                        weight(_mm512_slli_epi32::<15>(*codes)),
+                        weight(_mm512_slli_epi32::<7>(*codes)),
+                        weight(_mm512_srli_epi32::<1>(*codes)),
+                        weight(_mm512_srli_epi32::<9>(*codes)),
+                    ];
+                    for pair in [0, 2] {
+                        let both = _mm512_cvtne2ps_pbh(weights[pair + 1], weights[pair]);
+                        let both: __m512i = std::mem::transmute(both);
+                        let both = _mm512_permutexvar_epi16(interleave, both);
+                        _mm512_storeu_si512(to.cast(), both);
+                        to = to.add(ROW_BYTES);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Tiles filled number by number: the twin of [`Avx512`].
+#[cfg(test)]
+pub(super) struct Plain;
+
+#[cfg(test)]
+impl Fill for Plain {
+    unsafe fn left(x: &[f32], rows: usize, cols: usize, groups: usize, to: *mut u8) {
+        for (r, group, k) in (0..16)
+            .flat_map(|r| (0..groups).map(move |g| (r, g)))
+            .flat_map(|(r, group)| (0..GROUP).map(move |k| (r, group, k)))
+        {
+            let input = group * GROUP + k;
+            let value = match r < rows && input < cols {
+                true => x[r * cols + input],
+                false => 0.0,
+            };
+            let to = to.add(group * size_of::<Tile>() + r * ROW_BYTES + 2 * k);
+            to.cast::<half::bf16>().write(half::bf16::from_f32(value));
+        }
+    }
+
+    unsafe fn right(format: Format, panel: *const u8, groups: Range<usize>, to: *mut u8) {
+        let bytes = format.block_bytes();
+        for (index, group) in groups.enumerate() {
+            let block = std::slice::from_raw_parts(panel.add(group / 2 * bytes), bytes);
+            for (row, k) in (0..LANES).flat_map(|row| (0..GROUP).map(move |k| (row, k))) {
+                let [d, m] = format.scale_of(block, group % 2, k / 16, row);
+                let code = f32::from(format.code_of(block, group % 2, k, row));
+                let weight = match format.min {
+                    true => d * code + m,
+                    false => d * (code - f32::from(format.offset)),
+                };
+                let at = index * size_of::<Tile>() + ROW_BYTES * (k / 2) + 4 * row + 2 * (k % 2);
+                let to = to.add(at).cast::<half::bf16>();
+                to.write(half::bf16::from_f32(weight));
+            }
+        }
+    }
+}
