@@ -96,7 +96,7 @@ fn speed(
         let tok_s = median(runs.to_vec());
         if common.json {
             let row = json!({
-                "peer": "longspan", "model": opened.name, "what": what, "length": at, "tok_s": tok_s,
+                "peer": "longspan", "model": opened.name, "what": what, "length": at, "depth": at, "tok_s": tok_s,
                 "median": tok_s, "runs": runs, "level": Level::current().name(), "threads": Pool::global().threads(), "kv": format!("{:?}", options.kv).to_lowercase(),
             });
             println!("{row}");
