@@ -80,9 +80,11 @@ fn choose(common: &Common, tokens: usize, window: u64) -> Result<(ContextConfig,
 /// InfLLM's defaults, scaled down for windows they do not fit in.
 fn fitting_infllm(window: u64) -> InfLlmConfig {
     let mut config = InfLlmConfig::default();
-    while config.check(window).is_err() && config.exec_block > 16 {
+    while config.check(window).is_err() && config.exec_block > 1 {
         config.exec_block /= 2;
-        config.block = (config.block / 2).max(8);
+        config.block = (config.block / 2).max(1);
+        config.topk = (config.topk / 2).max(2);
+        config.n_init = (config.n_init / 2).max(1);
         config.chunk = config.exec_block * 8;
     }
     config
@@ -91,6 +93,7 @@ fn fitting_infllm(window: u64) -> InfLlmConfig {
 /// `longspan ask`
 pub fn ask(args: &Ask, common: &Common) -> Result<()> {
     let sampling = SamplingArgs::new(&args.sampling, common)?;
+    let kv = kv_dtype(common)?;
     let (question, files) = args
         .words
         .split_last()
@@ -123,10 +126,7 @@ pub fn ask(args: &Ask, common: &Common) -> Result<()> {
             sampling.limits.max_tokens
         );
     }
-    let options = EngineOptions {
-        kv: kv_dtype(common)?,
-        context,
-    };
+    let options = EngineOptions { kv, context };
     let directory = (prompt.document.len() > args.reading.disk_above
         && !matches!(options.context, ContextConfig::Full))
     .then(|| cache_session(&opened, &options, &prompt.document))
