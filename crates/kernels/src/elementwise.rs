@@ -154,7 +154,7 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let value = p * r * r + r + 1.0;
-    // SAFETY-free scaling by 2^n through the exponent bits.
+    // Times 2^n, through the exponent bits.
     value * f32::from_bits((((n as i32) + 127) as u32) << 23)
 }
 

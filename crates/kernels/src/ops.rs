@@ -168,7 +168,7 @@ pub fn norm_linear(x: &Tensor, norm: &RmsNorm, linear: &Linear) -> Result<Tensor
     };
     let tokens = x.dim(0)?;
     let out = with_rows(x, |x| {
-        scratch(|normed, _| {
+        scratch(|normed| {
             normed.resize(x.len(), 0.0);
             elementwise::rms_norm(x, weight, norm.eps as f32, normed);
             packed(
@@ -304,10 +304,10 @@ fn uninit(len: usize) -> Vec<f32> {
     buffer
 }
 
-/// Two buffers of this thread that keep their memory from call to call.
-fn scratch<R>(f: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
+/// A buffer of this thread that keeps its memory from call to call.
+fn scratch<R>(f: impl FnOnce(&mut Vec<f32>) -> R) -> R {
     thread_local! {
-        static BUFFERS: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+        static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     }
-    BUFFERS.with_borrow_mut(|(a, b)| f(a, b))
+    BUFFER.with_borrow_mut(f)
 }

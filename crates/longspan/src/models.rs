@@ -14,8 +14,15 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// The model used when none is named.
-pub const DEFAULT_MODEL: &str = "smollm2-135m";
+/// The model that the options name, else the catalogue's default.
+fn named(common: &Common) -> Result<String> {
+    if let Some(name) = &common.model {
+        return Ok(name.clone());
+    }
+    let hub = hub::Hub::from_env()?;
+    let default = hub.catalogue().default.clone();
+    default.context("no model is named and the catalogue has no default; name one with --model")
+}
 
 /// Draws a pull's steps on standard error.
 struct Bars {
@@ -93,9 +100,9 @@ fn obtain(spec: &str, quiet: bool) -> Result<PathBuf> {
 
 /// `longspan pull`
 pub fn pull(models: &[String], common: &Common) -> Result<()> {
-    let named = common.model.clone().unwrap_or_else(|| DEFAULT_MODEL.into());
+    let default = named(common)?;
     let models = if models.is_empty() {
-        std::slice::from_ref(&named)
+        std::slice::from_ref(&default)
     } else {
         models
     };
@@ -146,7 +153,7 @@ pub struct Opened {
 
 /// Opens the model that the options name, downloading it if need be.
 pub fn open(common: &Common) -> Result<Opened> {
-    let name = common.model.clone().unwrap_or_else(|| DEFAULT_MODEL.into());
+    let name = named(common)?;
     let path = obtain(&name, common.json)?;
     let start = Instant::now();
     let checkpoint = Checkpoint::open(&path)?;
@@ -182,7 +189,7 @@ fn device(common: &Common) -> Result<Device> {
 
 /// `longspan info`
 pub fn info(common: &Common) -> Result<()> {
-    let name = common.model.clone().unwrap_or_else(|| DEFAULT_MODEL.into());
+    let name = named(common)?;
     let path = obtain(&name, common.json)?;
     let checkpoint = Checkpoint::open(&path)?;
     let c = &checkpoint.config;
