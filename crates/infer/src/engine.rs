@@ -205,13 +205,6 @@ impl Engine {
         self.model.config().context_length as u64
     }
 
-    /// Bytes of keys and values that one token takes in all layers under full attention.
-    pub fn kv_bytes_per_token(&self, kv: KvDtype) -> usize {
-        let layout = self.layout(kv);
-        2 * layout.plane_bytes() * self.model.config().num_layers
-            / longspan_kernels::attention::PAGE
-    }
-
     pub(crate) fn layout(&self, dtype: KvDtype) -> KvLayout {
         let config = self.model.config();
         KvLayout {

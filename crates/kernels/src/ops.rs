@@ -72,14 +72,6 @@ impl Linear {
             }
         }
     }
-
-    /// Number of outputs.
-    pub fn out_features(&self) -> Result<usize> {
-        match self {
-            Linear::Dense(parts) => parts.iter().map(|part| part.weight.dim(0)).sum(),
-            Linear::Packed { matrix, .. } => Ok(matrix.rows()),
-        }
-    }
 }
 
 fn packed(

@@ -246,15 +246,20 @@ fn read(
     let engine = &opened.model.engine;
     let mut note = note;
     note["model"] = json!(opened.name);
-    let resumed = directory
-        .filter(|directory| directory.exists())
-        .and_then(|directory| {
-            let (sequence, header) = directory.load(engine, Mode::Resume).ok()?;
-            (header.context == options.context
-                && sequence.options().kv == options.kv
-                && tokens.starts_with(sequence.tokens()))
-            .then_some(sequence)
-        });
+    let mut resumed = None;
+    if let Some(directory) = directory.filter(|directory| directory.exists()) {
+        // What an earlier command saved is never overwritten by another text's session.
+        let at = directory.path().display();
+        let advice = format!("{at}: delete the folder or name another one");
+        let (sequence, header) = directory
+            .load(engine, Mode::Resume)
+            .context(advice.clone())?;
+        let same = header.context == options.context && sequence.options().kv == options.kv;
+        if !same || !tokens.starts_with(sequence.tokens()) {
+            bail!("{advice}: it holds a session of another text or policy");
+        }
+        resumed = Some(sequence);
+    }
     let mut sequence = match (resumed, directory) {
         (Some(sequence), _) => {
             eprintln!(

@@ -105,6 +105,22 @@ fn a_prepared_session_answers_as_a_fresh_reading_does() {
         );
         assert_eq!(answer(asked), fresh);
     }
+    // Another text's session does not replace it.
+    let other = file(folder.path(), "b.txt", b"dcba dcba");
+    let words = [
+        "prepare",
+        &other,
+        "--session",
+        &session,
+        "--context",
+        "window:16",
+    ];
+    fails(&words, 1, &["another text", "delete the folder"]);
+    assert!(
+        run(&["ask", "--session", &session, "abc?", "--max-tokens", "2"])
+            .status
+            .success()
+    );
     std::fs::write(Path::new(&session).join("index"), b"no index").unwrap();
     fails(
         &["ask", "--session", &session, "abc?"],
