@@ -21,7 +21,7 @@ arch=${LLAMA_ARCH:--DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON 
 common="-DCMAKE_BUILD_TYPE=Release $arch -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON \
 -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF"
 
-for tool in "$python" cmake c++ tar; do
+for tool in "$python" c++ tar; do
     command -v "$tool" >/dev/null || { echo "install.sh: $tool not found; install it first" >&2; exit 1; }
 done
 if [[ ! -x $folder/bin/python ]]; then
@@ -30,6 +30,11 @@ fi
 folder=$(cd "$folder" && pwd)
 pip=("$folder/bin/pip" --disable-pip-version-check)
 
+# cmake is a wheel too, for machines without it.
+if ! command -v cmake >/dev/null; then
+    "${pip[@]}" install cmake
+    PATH=$folder/bin:$PATH
+fi
 "${pip[@]}" install torch transformers accelerate safetensors gguf sentencepiece tokenizers numpy \
     openvino-genai openvino-tokenizers
 

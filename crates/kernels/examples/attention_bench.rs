@@ -19,8 +19,9 @@ const MODELS: [(&str, usize, usize, usize); 4] = [
     ("gemma3-270m", 4, 1, 256),
     ("llama3-8b", 32, 8, 128),
 ];
-const DTYPES: [(&str, KvDtype); 3] = [
+const DTYPES: [(&str, KvDtype); 4] = [
     ("f32", KvDtype::F32),
+    ("f16", KvDtype::F16),
     ("bf16", KvDtype::Bf16),
     ("int8", KvDtype::Int8),
 ];

@@ -12,3 +12,5 @@ pub mod ops;
 pub mod pool;
 pub mod quant;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod words;

@@ -4,7 +4,8 @@
 //! sleep. The caller works too: a pool of `n` threads has `n - 1` workers.
 
 use crate::cpu;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
@@ -12,16 +13,31 @@ type Task<'a> = &'a (dyn Fn(usize) + Sync);
 /// Iterations a worker spins for new work before it sleeps (about 100 microseconds).
 const SPINS: usize = 6_000;
 
+/// What a job needs, by cache line: a worker that spins pays one transfer to start and one to end.
+#[repr(C, align(128))]
 struct Shared {
+    call: Call,
+    /// Workers that have not finished the job.
+    pending: Padded<AtomicUsize>,
+    sleepers: Padded<AtomicUsize>,
+    panicked: AtomicBool,
+    sleep: Mutex<()>,
+    wake: Condvar,
+}
+
+#[repr(C, align(128))]
+struct Call {
     /// Number of the job now published; workers compare it with the last one they ran.
     epoch: AtomicUsize,
-    /// Workers that have not finished the job.
-    pending: AtomicUsize,
-    task: Mutex<Option<Task<'static>>>,
-    wake: Condvar,
-    sleepers: AtomicUsize,
-    panicked: AtomicBool,
+    /// Written before `epoch`, and not before every worker has finished the job before.
+    task: UnsafeCell<Option<Task<'static>>>,
 }
+
+#[repr(C, align(128))]
+struct Padded<T>(T);
+
+// SAFETY: `task` is written by the one caller while no worker runs, and read after `epoch`.
+unsafe impl Sync for Shared {}
 
 /// A fixed set of pinned worker threads. See the module's text.
 pub struct Pool {
@@ -62,12 +78,15 @@ impl Pool {
 
     fn new(threads: usize, cpus: Vec<usize>) -> Pool {
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            pending: AtomicUsize::new(0),
-            task: Mutex::new(None),
-            wake: Condvar::new(),
-            sleepers: AtomicUsize::new(0),
+            call: Call {
+                epoch: AtomicUsize::new(0),
+                task: UnsafeCell::new(None),
+            },
+            pending: Padded(AtomicUsize::new(0)),
+            sleepers: Padded(AtomicUsize::new(0)),
             panicked: AtomicBool::new(false),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
         });
         for worker in 1..threads {
             let shared = shared.clone();
@@ -115,22 +134,24 @@ impl Pool {
             .lock()
             .unwrap_or_else(|poison| poison.into_inner());
         let shared = &*self.shared;
-        shared.pending.store(self.threads - 1, Ordering::Relaxed);
-        {
-            let mut slot = shared.task.lock().unwrap();
-            // SAFETY: the borrow is used by workers only until `pending` reaches 0, which this
-            // function waits for before it returns.
-            *slot = Some(unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) });
-            shared.epoch.fetch_add(1, Ordering::Release);
-            if shared.sleepers.load(Ordering::SeqCst) > 0 {
-                shared.wake.notify_all();
-            }
+        shared.pending.0.store(self.threads - 1, Ordering::Relaxed);
+        // SAFETY: no worker runs: the caller before waited for `pending` to reach 0. The borrow is
+        // used by workers only until it does again, which this function waits for.
+        unsafe {
+            *shared.call.task.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task));
+        }
+        shared.call.epoch.fetch_add(1, Ordering::Release);
+        // Either this sees a worker that is about to sleep, or the worker sees the new epoch.
+        fence(Ordering::SeqCst);
+        if shared.sleepers.0.load(Ordering::Relaxed) > 0 {
+            drop(shared.sleep.lock());
+            shared.wake.notify_all();
         }
         INSIDE.set(true);
         let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task(0)));
         INSIDE.set(false);
         let mut spins = 0;
-        while shared.pending.load(Ordering::Acquire) > 0 {
+        while shared.pending.0.load(Ordering::Acquire) > 0 {
             spins += 1;
             if spins < 20_000 {
                 std::hint::spin_loop()
@@ -168,27 +189,32 @@ impl Pool {
 
 fn work(shared: &Shared, worker: usize) {
     INSIDE.set(true);
-    let mut seen = 0;
+    let mut seen = 0usize;
     loop {
+        let epoch = &shared.call.epoch;
         let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
-            std::hint::spin_loop();
+        while epoch.load(Ordering::Acquire) == seen {
             spins += 1;
-        }
-        let task = {
-            let mut slot = shared.task.lock().unwrap();
-            shared.sleepers.fetch_add(1, Ordering::SeqCst);
-            while shared.epoch.load(Ordering::Acquire) == seen {
-                slot = shared.wake.wait(slot).unwrap();
+            if spins < SPINS {
+                std::hint::spin_loop();
+                continue;
             }
-            shared.sleepers.fetch_sub(1, Ordering::SeqCst);
-            seen = shared.epoch.load(Ordering::Acquire);
-            slot.expect("a job is published with its epoch")
-        };
+            let mut guard = shared.sleep.lock().unwrap();
+            shared.sleepers.0.fetch_add(1, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            while epoch.load(Ordering::Acquire) == seen {
+                guard = shared.wake.wait(guard).unwrap();
+            }
+            shared.sleepers.0.fetch_sub(1, Ordering::Relaxed);
+        }
+        // One job at a time: the next one waits for this worker.
+        seen += 1;
+        // SAFETY: written before the epoch that was just read.
+        let task = unsafe { *shared.call.task.get() }.expect("a job is published with its epoch");
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task(worker))).is_err() {
             shared.panicked.store(true, Ordering::SeqCst);
         }
-        shared.pending.fetch_sub(1, Ordering::Release);
+        shared.pending.0.fetch_sub(1, Ordering::Release);
     }
 }
 

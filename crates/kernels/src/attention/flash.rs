@@ -8,8 +8,12 @@ use super::amx;
 use super::codes::{self, CodeProduct};
 use super::layout::{PAGE, bf16_bits};
 use super::micro::{Bf16, Entries, F16, F32, Format, Int8Key, Int8Value, Logits, Product, Running};
+#[cfg(target_arch = "x86_64")]
+use super::words;
 use super::{Attention, KvDtype, Tile, Tiles};
 use crate::tile::TileUnit;
+#[cfg(target_arch = "x86_64")]
+use crate::words::{Bf16Bits, CHUNK, F16Bits, WordProduct, quantise_row};
 use std::f32::consts::LOG2_E;
 
 /// From this many rows on, a tile is expanded to f32 once instead of by each share of rows.
@@ -110,6 +114,8 @@ pub(super) struct Scratch {
     /// Probabilities likewise.
     probability_codes: Buffer,
     probability_factor: Buffer,
+    /// Slot scales of a tile of words, `[chunks, 64]`; see `words`.
+    slot_scale: Buffer,
 }
 
 /// The outcome of a block: not yet divided by the sums.
@@ -162,6 +168,8 @@ pub(super) unsafe fn run<'s, L: Entries, T: TileUnit>(
                 round_queries(scratch, rows, dim);
             } else if by_codes::<L>(args) {
                 quantise_queries(scratch, rows, dim, width);
+            } else if by_words::<L>(args, rows) {
+                words_of_queries(scratch, rows, dim);
             }
             packed = Some(part.query.as_ptr());
         }
@@ -335,6 +343,7 @@ impl Step<'_> {
         };
         let count = rows.1 - rows.0;
         let s = scratch.logits.room(rows.1 * PAGE).as_mut_ptr();
+        let by_words = by_words::<L>(args, count);
 
         let mut product = Product {
             a: scratch.query.room(rows.1 * dim).as_ptr().add(rows.0 * dim),
@@ -353,6 +362,13 @@ impl Step<'_> {
         let expand = count >= EXPAND_ROWS && layout.dtype != KvDtype::F32;
         if by_codes {
             key_codes(&product, rows.0, width, scratch);
+        } else if by_words {
+            key_words(
+                &product,
+                (rows.0, rows.1, block.rows(args)),
+                layout.dtype,
+                scratch,
+            );
         } else if expand {
             let keys = scratch.keys.room(dim * PAGE).as_mut_ptr();
             L::expand::<K>(key, product.pairs, PAGE, keys);
@@ -387,7 +403,7 @@ impl Step<'_> {
             }
         }
         let out = scratch.out.room(rows.1 * width).as_mut_ptr();
-        L::softmax(&Running {
+        let running = Running {
             s,
             stride: PAGE,
             cols: PAGE,
@@ -398,9 +414,14 @@ impl Step<'_> {
             out_cols: width,
             value_scale: scale_of(value),
             bf16: std::ptr::null_mut(),
-        });
-
+        };
         let pairs = (start / 2, end.div_ceil(2));
+        if by_words {
+            value_words(&running, value, pairs, layout.dtype, scratch);
+            return;
+        }
+        L::softmax(&running);
+
         let mut product = Product {
             a: s.add(rows.0 * PAGE),
             a_stride: PAGE,
@@ -506,7 +527,113 @@ unsafe fn value_codes(product: &Product, scratch: &mut Scratch) {
     });
 }
 
-// `by_codes` is false elsewhere.
+/// Whether this storage and number of rows go by words: 16-bit integers, on CPUs with their dot
+/// products.
+fn by_words<L: Entries>(args: &Attention, rows: usize) -> bool {
+    let half = matches!(args.layout.dtype, KvDtype::F16 | KvDtype::Bf16);
+    cfg!(target_arch = "x86_64") && L::CODES && half && rows >= EXPAND_ROWS
+}
+
+#[cfg(target_arch = "x86_64")]
+unsafe fn words_of_queries(scratch: &mut Scratch, rows: usize, dim: usize) {
+    let from = scratch.query.room(rows * dim);
+    let to = scratch.query_codes.room(rows * dim / 2);
+    let to: *mut i16 = to.as_mut_ptr().cast();
+    // [chunks, rows]
+    let factor = scratch.query_factor.room(dim.div_ceil(CHUNK) * rows);
+    for (row, from) in from.chunks_exact(dim).enumerate() {
+        let factor = factor.as_mut_ptr().add(row);
+        quantise_row(from, to.add(row * dim), dim, factor, rows);
+    }
+}
+
+/// Logits from the words of a block's queries, `rows.0..rows.1` of `rows.2`; the rest is as
+/// `product` says.
+#[cfg(target_arch = "x86_64")]
+unsafe fn key_words(
+    product: &Product,
+    rows: (usize, usize, usize),
+    dtype: KvDtype,
+    scratch: &mut Scratch,
+) {
+    let (pairs, dim) = (product.pairs.1, 2 * product.pairs.1);
+    let chunks = dim.div_ceil(CHUNK);
+    let keys = scratch.keys.room(dim * PAGE / 2).as_mut_ptr().cast();
+    let scale = scratch.slot_scale.room(chunks * PAGE).as_mut_ptr();
+    match dtype {
+        KvDtype::F16 => words::expand_keys::<F16Bits>(product.b, pairs, keys, scale),
+        _ => words::expand_keys::<Bf16Bits>(product.b, pairs, keys, scale),
+    }
+    let codes = scratch.query_codes.room(rows.2 * dim / 2).as_ptr();
+    let factor = scratch.query_factor.room(chunks * rows.2).as_ptr();
+    crate::words::product(&WordProduct {
+        a: codes.cast::<i16>().add(rows.0 * dim),
+        a_stride: dim,
+        rows: rows.1 - rows.0,
+        b: keys,
+        b_cols: PAGE,
+        pairs: product.pairs,
+        cols: product.cols,
+        factor: factor.add(rows.0),
+        factor_stride: rows.2,
+        scale,
+        scale_stride: PAGE,
+        c: product.c,
+        c_stride: product.c_stride,
+        add: false,
+    });
+}
+
+/// The softmax of a tile, and its probabilities times its values.
+#[cfg(target_arch = "x86_64")]
+unsafe fn value_words(
+    running: &Running,
+    section: *const u8,
+    pairs: (usize, usize),
+    dtype: KvDtype,
+    scratch: &mut Scratch,
+) {
+    let (rows, width) = (running.rows.1 - running.rows.0, running.out_cols);
+    // The keys' room again: it is in L1.
+    let values = scratch.keys.room(PAGE * width / 2).as_mut_ptr().cast();
+    let scale = scratch.slot_scale.room(PAGE).as_mut_ptr();
+    match dtype {
+        KvDtype::F16 => words::expand_values::<F16Bits>(section, pairs, width, values, scale),
+        _ => words::expand_values::<Bf16Bits>(section, pairs, width, values, scale),
+    }
+    let running = Running {
+        value_scale: scale,
+        ..*running
+    };
+    let codes = scratch.probability_codes.room(rows * PAGE / 2);
+    let codes: *mut i16 = codes.as_mut_ptr().cast();
+    let factor = scratch.probability_factor.room(rows).as_mut_ptr();
+    words::softmax(&running, codes, factor);
+    crate::words::product(&WordProduct {
+        a: codes,
+        a_stride: PAGE,
+        rows,
+        b: values,
+        b_cols: width,
+        pairs,
+        cols: (0, width),
+        factor,
+        factor_stride: 0,
+        scale: std::ptr::null(),
+        scale_stride: 0,
+        c: running.out.add(running.rows.0 * width),
+        c_stride: width,
+        add: true,
+    });
+}
+
+// `by_codes` and `by_words` are false elsewhere.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn words_of_queries(_: &mut Scratch, _: usize, _: usize) {}
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn key_words(_: &Product, _: (usize, usize, usize), _: KvDtype, _: &mut Scratch) {}
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn value_words(_: &Running, _: *const u8, _: (usize, usize), _: KvDtype, _: &mut Scratch) {}
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn quantise_queries(_: &mut Scratch, _: usize, _: usize, _: usize) {}
 #[cfg(not(target_arch = "x86_64"))]
@@ -549,8 +676,11 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
         pack_queries::<L>(args, &block, part, scratch.query.room(rows * dim));
         // As in the first pass, so that the logits are the same.
         let tiled = rows >= EXPAND_ROWS && amx::fits::<T>(args);
+        let worded = !tiled && by_words::<L>(args, rows);
         if tiled {
             round_queries(scratch, rows, dim);
+        } else if worded {
+            words_of_queries(scratch, rows, dim);
         }
         let query = scratch.query.room(rows * dim).as_ptr();
         let query_bf16 = scratch.query_bf16.room(0).as_ptr().cast();
@@ -590,6 +720,7 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
             let room = scratch.keys.room(dim * PAGE).as_mut_ptr();
             match layout.dtype {
                 _ if tiled => amx::tile_logits::<L, T>(args, key, rows, query_bf16, room, s),
+                _ if worded => key_words(&product, (0, rows, rows), layout.dtype, scratch),
                 KvDtype::F32 => L::product::<F32>(&product),
                 KvDtype::F16 => expanded::<L, F16>(product, &mut scratch.keys),
                 KvDtype::Bf16 => expanded::<L, Bf16>(product, &mut scratch.keys),

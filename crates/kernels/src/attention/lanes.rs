@@ -28,7 +28,7 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     /// Vectors a register block spans in columns (4, 2 or 1), and the most rows it spans.
     const WIDE: usize;
     const ROWS: usize;
-    /// Whether int8 pages are multiplied as integers (see `codes`).
+    /// Whether integer dot products serve where they pay (see `codes`, `words`).
     const CODES: bool = false;
 
     unsafe fn splat(x: f32) -> Self::V;

@@ -9,7 +9,7 @@ use super::layout::PAGE;
 
 /// Base-2 logarithm of a rescale that is not worth doing: probabilities may grow to 2^8 before
 /// the running maximum moves.
-const LAZY: f32 = 8.0;
+pub(super) const LAZY: f32 = 8.0;
 
 /// How a section stores rows (see `layout`): rows 2p and 2p+1 of `cols` columns.
 pub(super) trait Format: Copy + 'static {

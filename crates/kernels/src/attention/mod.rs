@@ -8,15 +8,17 @@
 //! * `layout`: how pages lie in memory (the cache is the operand);
 //! * `lanes`, `micro`: the loops, written once and compiled for portable, AVX2 and AVX-512;
 //! * `codes`: int8 pages by integer dot products (AVX-512 VNNI);
+//! * `words`: many rows against f16 and bf16 pages by 16-bit dot products (AVX-512 VNNI);
 //! * `amx`: the same steps on bf16 tiles;
 //! * `flash`: one block of query rows against a run of tiles, with a running softmax;
 //! * `schedule`: blocks and key ranges over threads, and the merge of key ranges;
 //! * `naive`: plain loops in f64, the oracle of the tests.
 //!
-//! The arithmetic is f32 throughout for f32 and bf16 pages below AMX: `vdpbf16ps` issues once in
-//! four times an f32 multiply-add on Sapphire Rapids for twice the work, so expanding bf16 (a
-//! shift, an and) is both faster and exact. AMX rounds queries and probabilities of blocks to
-//! bf16; int8 pages meet 16-bit ones at the AVX-512 level.
+//! The arithmetic of f32 pages is f32 throughout, and below AVX-512 and for few rows that of f16
+//! and bf16 pages too. AMX rounds queries and probabilities of blocks to bf16. At the AVX-512 level
+//! int8 pages, and f16 and bf16 pages under many rows, are multiplied as integers, whose other
+//! side has about 16 bits. (`vdpbf16ps` would be less exact, and on Sapphire Rapids it issues once
+//! in four times an f32 multiply-add for twice the work.)
 
 mod amx;
 #[cfg(target_arch = "x86_64")]
@@ -29,6 +31,8 @@ mod naive;
 mod schedule;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod words;
 
 use crate::cpu::Level;
 use thiserror::Error;

@@ -234,14 +234,14 @@ fn assert_close(
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..Default::default() })]
 
-    /// f32 arithmetic on whatever is stored: the naive twin reads the same stored numbers, so one
-    /// tolerance serves all storage types.
+    /// The naive twin reads the same stored numbers, so one tolerance serves all storage types in
+    /// f32 arithmetic.
     #[test]
     fn every_level_agrees_with_the_naive_twin(case in case()) {
         with_case(&case, |args| {
             for level in Level::available().filter(|&level| level < Level::Amx) {
-                // Int8 pages meet queries and probabilities of 16 bits there.
-                let integers = level == Level::Avx512 && args.layout.dtype == KvDtype::Int8;
+                // Integers of about 16 bits on one side or both.
+                let integers = level == Level::Avx512 && args.layout.dtype != KvDtype::F32;
                 assert_like_naive(level, args, if integers { 2e-4 } else { 2e-5 });
             }
             if Level::detected() == Level::Amx {
@@ -265,8 +265,8 @@ proptest! {
             let bound = match args.layout.dtype {
                 KvDtype::F32 => 1e-6,
                 _ if Level::current() == Level::Amx => 2e-2,
-                KvDtype::F16 | KvDtype::Bf16 => 1e-6,
-                KvDtype::Int8 => 1e-4,
+                KvDtype::F16 | KvDtype::Bf16 if Level::current() < Level::Avx512 => 1e-6,
+                _ => 1e-4,
             };
             let gap = distance(&out, &other);
             assert!(gap <= bound, "off by {gap}");
@@ -299,8 +299,8 @@ fn context<'a>(pages: &'a [(Vec<u8>, Vec<u8>)], last: u8) -> Vec<Tile<'a>> {
 fn batches_and_split_keys_agree_with_the_naive_twin() {
     for (dtype, tolerance) in [
         (KvDtype::F32, 2e-5),
-        (KvDtype::F16, 2e-5),
-        (KvDtype::Bf16, 2e-5),
+        (KvDtype::F16, 2e-4),
+        (KvDtype::Bf16, 2e-4),
         (KvDtype::Int8, 2e-4),
     ] {
         let random = &mut Random(7);

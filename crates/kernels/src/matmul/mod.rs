@@ -4,7 +4,8 @@
 //! Each group of 32 activations becomes 16-bit integers with one f32 scale (`activation.rs`), and
 //! integer dot products run on the codes as they are, for one row as for thousands. Integer sums
 //! are exact, so the only errors are a 16-bit rounding of `x` and f32 sums over groups. Dense
-//! panels (bf16) multiply f32 activations. Prefill on AMX rounds both sides to bf16 (`amx.rs`).
+//! panels (bf16) multiply f32 activations. Many rows on AVX-512 go by 16-bit integers on both sides
+//! (`words.rs`), on AMX by bf16 (`amx.rs`).
 
 mod activation;
 #[cfg(any(test, target_arch = "x86_64"))]
@@ -19,6 +20,8 @@ mod pack;
 mod portable;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod words;
 
 pub use naive::matmul_naive;
 
@@ -228,6 +231,12 @@ impl PackedMatrix {
         if level == Level::Amx && m >= amx::MIN_ROWS {
             // SAFETY: the level was checked, and it implies AVX-512.
             unsafe { amx::product::<Hardware, amx::Avx512>(self, x, m, out, epilogue) };
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Avx512 && m >= words::MIN_ROWS {
+            // SAFETY: the level was checked.
+            unsafe { words::run(self, x, m, out, epilogue) };
             return;
         }
         // A task that itself calls matmul (nested jobs) finds the cell borrowed: give it its own.

@@ -82,6 +82,15 @@ fn tile_tolerance(x: &[f32], w: &[f32]) -> f32 {
     total * (2f32.powi(-8) + 2f32.powi(-16)) + 1e-6
 }
 
+/// The same with 16-bit integers on both sides: a weight is rounded to 2^-14 of its bound, at most
+/// twice the largest weight here; an activation to 2^-13 of its row's largest at worst.
+fn word_tolerance(x: &[f32], w: &[f32]) -> f32 {
+    let size = |values: &[f32]| values.iter().map(|value| value.abs()).sum::<f32>();
+    let top = |values: &[f32]| values.iter().fold(0.0f32, |a, value| a.max(value.abs()));
+    let rounding = size(x) * top(w) + top(x) * size(w);
+    tolerance(x, w) + rounding * 2f32.powi(-13)
+}
+
 /// One way to compute a product.
 type Product = fn(&PackedMatrix, &[f32], usize, &mut [f32], Epilogue<'_>);
 
@@ -99,6 +108,22 @@ const LEVELS: [(Level, Product); 4] = [
         w.matmul_at(Level::Amx, x, m, out, how)
     }),
 ];
+
+/// What an error may come from.
+type Tolerance = fn(&[f32], &[f32]) -> f32;
+
+/// 16-bit integers, whatever the number of rows.
+fn word_products() -> Vec<(&'static str, Product)> {
+    let mut products: Vec<(&str, Product)> = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    if Level::detected() >= Level::Avx512 {
+        products.push(("words", |w, x, m, out, how| {
+            // SAFETY: the level was checked.
+            unsafe { words::run(w, x, m, out, how) }
+        }));
+    }
+    products
+}
 
 /// The tile path on the emulated unit, with every way to fill tiles that this CPU has.
 fn tile_products() -> Vec<(&'static str, Product)> {
@@ -167,20 +192,25 @@ fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
     let start = noise(seed + 97, m * rows);
     let mut expected = vec![0.0; m * rows];
     matmul_naive(&packed, rows, cols, &x, m, &mut expected);
-    let mut ways: Vec<(&str, Product, bool)> = tile_products()
-        .into_iter()
-        .map(|(name, product)| (name, product, true))
-        .collect();
+    let mut ways: Vec<(&str, Product, Tolerance)> = Vec::new();
+    for (name, product) in tile_products() {
+        ways.push((name, product, tile_tolerance));
+    }
+    for (name, product) in word_products() {
+        ways.push((name, product, word_tolerance));
+    }
     for (level, product) in LEVELS {
+        let tolerance: Tolerance = match level {
+            Level::Amx if m >= amx::MIN_ROWS => tile_tolerance,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 if m >= words::MIN_ROWS => word_tolerance,
+            _ => tolerance,
+        };
         if level <= Level::detected() {
-            ways.push((
-                level.name(),
-                product,
-                level == Level::Amx && m >= amx::MIN_ROWS,
-            ));
+            ways.push((level.name(), product, tolerance));
         }
     }
-    for (name, product, tiled) in ways {
+    for (name, product, tolerance) in ways {
         for (with_bias, accumulate) in [(false, false), (true, false), (false, true), (true, true)]
         {
             let epilogue = Epilogue {
@@ -195,10 +225,7 @@ fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
                 expected += if with_bias { bias[row] } else { 0.0 };
                 expected += if accumulate { start[index] } else { 0.0 };
                 let (x, w) = (&x[r * cols..][..cols], &packed[row * cols..][..cols]);
-                let allowed = match tiled {
-                    true => tile_tolerance(x, w),
-                    false => tolerance(x, w),
-                };
+                let allowed = tolerance(x, w);
                 assert!(
                     (found - expected).abs() <= allowed,
                     "{name} {:?} [{m}, {cols}] x [{rows}] at ({r}, {row}): {found}, not {expected} within {allowed}",
@@ -238,6 +265,14 @@ fn one_row_and_whole_blocks_of_rows() {
     for m in [1, 2, 8, 9, 16, 17, 32, 33] {
         check(576, &[(GgmlType::Q4_1, 48)], m, 5);
     }
+}
+
+/// Past the ends of a unit's rows, panels and slab, where several units share the rows.
+#[test]
+fn many_rows() {
+    check(1088, &[(GgmlType::Q5_0, 70), (GgmlType::BF16, 30)], 130, 3);
+    check(256, &[(GgmlType::Q6K, 21), (GgmlType::Q4K, 50)], 1030, 4);
+    check(64, &[(GgmlType::Q8_0, 700)], 300, 5);
 }
 
 /// With both sides rounded beforehand, only the f32 sums are left to differ. The types are those
