@@ -232,6 +232,14 @@ impl<T> SharedMut<T> {
         SharedMut(buffer.as_mut_ptr())
     }
 
+    /// The element at `start`, for writes that take only parts of each row.
+    ///
+    /// # Safety
+    /// `start` lies inside the buffer; no other worker touches what is written from there.
+    pub unsafe fn at(&self, start: usize) -> *mut T {
+        self.0.add(start)
+    }
+
     /// The elements `start..start + len`.
     ///
     /// # Safety

@@ -7,7 +7,7 @@
 //! the integer kernels stay within 2^-16 of each group's largest `x`.
 
 use super::format::{Format, GROUP, LANES};
-use super::{Epilogue, PackedMatrix, share, store};
+use super::{Epilogue, PackedMatrix, share};
 use crate::pool::{Pool, SharedMut};
 use crate::tile::{TileUnit, square};
 use std::cell::RefCell;
@@ -47,8 +47,16 @@ fn grow(tiles: &mut Vec<Tile>, len: usize) {
 pub(super) trait Fill {
     /// 1 to 16 rows of `x` `[rows, cols]`; missing rows and columns become zeros.
     unsafe fn left(x: &[f32], rows: usize, cols: usize, groups: usize, to: *mut u8);
-    /// The weights of some groups of a panel, without the rows' multipliers.
-    unsafe fn right(format: Format, panel: *const u8, groups: Range<usize>, to: *mut u8);
+    /// The weights of some groups of a panel, times the rows' multipliers.
+    unsafe fn right(
+        format: Format,
+        panel: *const u8,
+        multipliers: &[f32; LANES],
+        groups: Range<usize>,
+        to: *mut u8,
+    );
+    /// Stores results of one row of `x`, from row `row` of the matrix on.
+    unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue);
 }
 
 /// `out (=|+=) x . W^T (+ bias)`, the slices' lengths checked by the caller.
@@ -84,59 +92,7 @@ pub(super) unsafe fn product<T: TileUnit, F: Fill>(
         }
     });
     let left: &[Tile] = &tiles;
-    walk::<T>(
-        matrix,
-        m,
-        groups,
-        // SAFETY: panels and ranges lie within the matrix, the room takes a range.
-        |panel, range, room| unsafe {
-            let (segment, data, ..) = matrix.panel(panel);
-            if segment.format.dense() {
-                return data.as_ptr().add(range.start * size_of::<Tile>());
-            }
-            F::right(segment.format, data.as_ptr(), range, room);
-            room.cast_const()
-        },
-        // SAFETY: as above; the walk configures `T`.
-        |rows, range, b, c, add| unsafe {
-            let tile = |row: usize, i: usize| -> *const u8 {
-                left[row * groups + range.start + i].0.as_ptr()
-            };
-            let b = |i: usize| b.map(|tiles| tiles.add(i * size_of::<Tile>()));
-            if rows.len() == 2 {
-                let a = |i: usize| [tile(rows.start, i), tile(rows.start + 1, i)];
-                square::<T, true>(a, ROW_BYTES, b, ROW_BYTES, range.len(), c, ROW_BYTES, add);
-            } else {
-                let a = |i: usize| [tile(rows.start, i); 2];
-                square::<T, false>(a, ROW_BYTES, b, ROW_BYTES, range.len(), c, ROW_BYTES, add);
-            }
-        },
-        out,
-        |out, sums, panel, row| {
-            let multipliers = &matrix.multipliers[panel * LANES..][..LANES];
-            store(out, sums, multipliers, row, how);
-        },
-    );
-    LEFT.set(tiles);
-}
-
-/// Runs every panel over every row tile, `steps` tiles deep.
-///
-/// `right(panel, range, room)` yields the right-hand tiles of a range of steps, in `room` if need
-/// be. `multiply(row tiles, range, right, c, add)` makes one square: one or two row tiles by two
-/// panels, results in the four tiles `c`. `finish(out, sums, panel, row of W)` stores the
-/// outputs of one panel for one row of x.
-fn walk<T: TileUnit>(
-    matrix: &PackedMatrix,
-    m: usize,
-    steps: usize,
-    right: impl Fn(usize, Range<usize>, *mut u8) -> *const u8 + Sync,
-    multiply: impl Fn(Range<usize>, Range<usize>, [*const u8; 2], [*mut u8; 4], bool) + Sync,
-    out: &mut [f32],
-    finish: impl Fn(&mut [f32], &[f32; LANES], usize, usize) + Sync,
-) {
     let out = SharedMut::new(out);
-    let row_tiles = m.div_ceil(LANES);
     let chunks = row_tiles.div_ceil(ROW_TILES);
     let chunk = row_tiles.div_ceil(chunks).next_multiple_of(2);
     // Fewer panels at a time when there would be less than four units for each thread.
@@ -145,56 +101,155 @@ fn walk<T: TileUnit>(
     let columns = matrix.panels.div_ceil(width);
     share(chunks * columns, |unit| {
         let first = unit / columns * chunk;
-        let rows = first..(first + chunk).min(row_tiles);
         let panel = unit % columns * width;
-        let panels = panel..(panel + width).min(matrix.panels);
+        let unit = Unit {
+            matrix,
+            left,
+            groups,
+            m,
+            rows: first..(first + chunk).min(row_tiles),
+            panels: panel..(panel + width).min(matrix.panels),
+            how,
+        };
         ROOM.with_borrow_mut(|room| {
             grow(room, 2 * DEPTH + chunk * PANELS);
-            let (tiles, sums) = room.split_at_mut(2 * DEPTH);
-            let (tiles, sums) = (tiles.as_mut_ptr(), sums.as_mut_ptr());
-            // SAFETY: `T` is configured; `tiles` takes two panels, `sums` every square: panels
-            // come in twos, of which the last may stand for itself twice.
-            unsafe {
-                T::configure();
-                for start in (0..steps).step_by(DEPTH) {
-                    let range = start..(start + DEPTH).min(steps);
-                    for panel in panels.clone().step_by(2) {
-                        let b = [0, 1].map(|i| {
-                            let panel = (panel + i).min(panels.end - 1);
-                            right(panel, range.clone(), tiles.add(i * DEPTH).cast())
-                        });
-                        for row in rows.clone().step_by(2) {
-                            let at = (row - first) * PANELS + panel - panels.start;
-                            let c = [0, 1, PANELS, PANELS + 1];
-                            let pair = row..(row + 2).min(rows.end);
-                            // The lower half of a lone row tile is not touched.
-                            let c = c.map(|i| sums.wrapping_add(at + i).cast::<u8>());
-                            multiply(pair, range.clone(), b, c, start > 0);
-                        }
-                    }
-                }
-                T::release();
-            }
-            // First output row of each panel, and how many there are.
-            let mut places = [(0, 0); PANELS];
-            for (place, panel) in places.iter_mut().zip(panels.clone()) {
-                let (.., row, count) = matrix.panel(panel);
-                *place = (row, count);
-            }
-            for r in rows.start * LANES..m.min(rows.end * LANES) {
-                let tiles = (r / LANES - first) * PANELS;
-                for (index, panel) in panels.clone().enumerate() {
-                    let (row, count) = places[index];
-                    // SAFETY: written above; each output is one unit's.
-                    unsafe {
-                        let sums = sums.add(tiles + index).cast::<[f32; LANES]>();
-                        let out = out.slice(r * matrix.rows + row, count);
-                        finish(out, &*sums.add(r % LANES), panel, row);
-                    }
-                }
-            }
+            // SAFETY: units write disjoint outputs, and the CPU has what `T` and `F` need.
+            unsafe { unit.run::<T, F>(room, &out) };
         });
     });
+    LEFT.set(tiles);
+}
+
+/// Some row tiles by some panels.
+struct Unit<'a> {
+    matrix: &'a PackedMatrix,
+    /// `[row tile][group]`.
+    left: &'a [Tile],
+    groups: usize,
+    m: usize,
+    /// Row tiles.
+    rows: Range<usize>,
+    panels: Range<usize>,
+    how: Epilogue<'a>,
+}
+
+impl Unit<'_> {
+    /// Every pair of panels over every pair of row tiles, `DEPTH` groups deep at a time. Whole
+    /// squares go straight to the output; others by way of `room`, which holds the right-hand
+    /// tiles of two panels first, then results `[row tile][PANELS]`.
+    unsafe fn run<T: TileUnit, F: Fill>(&self, room: &mut [Tile], out: &SharedMut<f32>) {
+        let (tiles, sums) = room.split_at_mut(2 * DEPTH);
+        let (tiles, sums) = (tiles.as_mut_ptr(), sums.as_mut_ptr());
+        let stride = self.matrix.rows;
+        T::configure();
+        for start in (0..self.groups).step_by(DEPTH) {
+            let range = start..(start + DEPTH).min(self.groups);
+            for panel in self.panels.clone().step_by(2) {
+                // The last panel may stand for itself twice.
+                let pair = [panel, (panel + 1).min(self.panels.end - 1)];
+                let b = [0, 1].map(|i| self.right::<F>(pair[i], &range, tiles.add(i * DEPTH)));
+                for row in self.rows.clone().step_by(2) {
+                    let lower = row + 1 < self.rows.end;
+                    let (c, c_stride, add) = if self.whole(pair, row) {
+                        let at = |row: usize, panel: usize| {
+                            out.at(row * LANES * stride + self.matrix.panel(panel).2)
+                                .cast::<u8>()
+                        };
+                        let low = if lower { row + 1 } else { row };
+                        let c = [
+                            at(row, pair[0]),
+                            at(row, pair[1]),
+                            at(low, pair[0]),
+                            at(low, pair[1]),
+                        ];
+                        (c, 4 * stride, self.how.accumulate || start > 0)
+                    } else {
+                        // The lower half of a lone row tile is not touched.
+                        let at = (row - self.rows.start) * PANELS + panel - self.panels.start;
+                        let c = [0, 1, PANELS, PANELS + 1];
+                        let c = c.map(|i| sums.wrapping_add(at + i).cast::<u8>());
+                        (c, ROW_BYTES, start > 0)
+                    };
+                    let tile = |row: usize, i: usize| -> *const u8 {
+                        self.left[row * self.groups + range.start + i].0.as_ptr()
+                    };
+                    let b = |i: usize| b.map(|tiles| tiles.add(i * size_of::<Tile>()));
+                    if lower {
+                        let a = |i: usize| [tile(row, i), tile(row + 1, i)];
+                        square::<T, true>(
+                            a,
+                            ROW_BYTES,
+                            b,
+                            ROW_BYTES,
+                            range.len(),
+                            c,
+                            c_stride,
+                            add,
+                        );
+                    } else {
+                        let a = |i: usize| [tile(row, i); 2];
+                        square::<T, false>(
+                            a,
+                            ROW_BYTES,
+                            b,
+                            ROW_BYTES,
+                            range.len(),
+                            c,
+                            c_stride,
+                            add,
+                        );
+                    }
+                }
+            }
+        }
+        T::release();
+        for panel in self.panels.clone() {
+            let first = panel - (panel - self.panels.start) % 2;
+            let pair = [first, (first + 1).min(self.panels.end - 1)];
+            let (.., row, count) = self.matrix.panel(panel);
+            for tile in self.rows.clone() {
+                if self.whole(pair, tile - (tile - self.rows.start) % 2) {
+                    continue;
+                }
+                let at = (tile - self.rows.start) * PANELS + panel - self.panels.start;
+                let sums: *const f32 = sums.add(at).cast();
+                for r in tile * LANES..self.m.min((tile + 1) * LANES) {
+                    let out = out.slice(r * stride + row, count);
+                    F::store(out, sums.add(r % LANES * LANES), row, self.how);
+                }
+            }
+        }
+    }
+
+    /// Whether the square of two panels and of the row tiles from `row` on is stored as it is.
+    fn whole(&self, panels: [usize; 2], row: usize) -> bool {
+        let rows = self.rows.end.min(row + 2) * LANES;
+        let full = |panel: usize| self.matrix.panel(panel).3 == LANES;
+        self.how.bias.is_none() && rows <= self.m && full(panels[0]) && full(panels[1])
+    }
+
+    /// The right-hand tiles of some groups of a panel, in `room` if need be.
+    unsafe fn right<F: Fill>(
+        &self,
+        panel: usize,
+        groups: &Range<usize>,
+        room: *mut Tile,
+    ) -> *const u8 {
+        let (segment, data, ..) = self.matrix.panel(panel);
+        if segment.format.dense() {
+            return data.as_ptr().add(groups.start * size_of::<Tile>());
+        }
+        let multipliers = &self.matrix.multipliers[panel * LANES..][..LANES];
+        let multipliers = multipliers.try_into().expect("sixteen rows");
+        F::right(
+            segment.format,
+            data.as_ptr(),
+            multipliers,
+            groups.clone(),
+            room.cast(),
+        );
+        room.cast_const().cast()
+    }
 }
 
 /// Tiles filled with AVX-512 instructions.
@@ -207,12 +262,24 @@ impl Fill for Avx512 {
         vectors::left(x, rows, cols, groups, to);
     }
 
-    unsafe fn right(format: Format, panel: *const u8, groups: Range<usize>, to: *mut u8) {
+    unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue) {
+        super::words::store(out, sums, row, how);
+    }
+
+    unsafe fn right(
+        format: Format,
+        panel: *const u8,
+        multipliers: &[f32; LANES],
+        groups: Range<usize>,
+        to: *mut u8,
+    ) {
         macro_rules! select {
             ($($bits:literal $min:literal $halves:literal),+) => {
                 match (format.bits, format.min, format.halves) {
                     $(($bits, $min, $halves) => {
-                        vectors::right::<$bits, $min, $halves>(format.offset, panel, groups, to)
+                        vectors::right::<$bits, $min, $halves>(
+                            format.offset, panel, multipliers, groups, to,
+                        )
                     })+
                     other => unreachable!("no format {other:?}"),
                 }
@@ -257,6 +324,7 @@ mod vectors {
     pub unsafe fn right<const BITS: u8, const MIN: bool, const HALVES: bool>(
         offset: u8,
         panel: *const u8,
+        multipliers: &[f32; 16],
         groups: Range<usize>,
         mut to: *mut u8,
     ) {
@@ -274,6 +342,7 @@ mod vectors {
         // Word `2 i` of a tile's row from the first half of a register, `2 i + 1` from the other.
         let words: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
         let interleave = _mm512_loadu_si512(words.as_ptr().cast());
+        let multipliers = _mm512_loadu_ps(multipliers.as_ptr());
         for group in groups {
             let block = panel.add(group / 2 * format.block_bytes());
             let group = group % 2;
@@ -285,7 +354,8 @@ mod vectors {
                     } else {
                         32 * group
                     };
-                _mm512_cvtph_ps(_mm256_loadu_si256(block.add(at).cast()))
+                let scales = _mm512_cvtph_ps(_mm256_loadu_si256(block.add(at).cast()));
+                _mm512_mul_ps(scales, multipliers)
             };
             for half in 0..2 {
                 let part = if HALVES { half } else { 0 };
@@ -340,7 +410,18 @@ impl Fill for Plain {
         }
     }
 
-    unsafe fn right(format: Format, panel: *const u8, groups: Range<usize>, to: *mut u8) {
+    unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue) {
+        let sums = &*sums.cast::<[f32; LANES]>();
+        super::store(out, sums, &[1.0; LANES], row, how);
+    }
+
+    unsafe fn right(
+        format: Format,
+        panel: *const u8,
+        multipliers: &[f32; LANES],
+        groups: Range<usize>,
+        to: *mut u8,
+    ) {
         let bytes = format.block_bytes();
         for (index, group) in groups.enumerate() {
             let block = std::slice::from_raw_parts(panel.add(group / 2 * bytes), bytes);
@@ -353,7 +434,7 @@ impl Fill for Plain {
                 };
                 let at = index * size_of::<Tile>() + ROW_BYTES * (k / 2) + 4 * row + 2 * (k % 2);
                 let to = to.add(at).cast::<half::bf16>();
-                to.write(half::bf16::from_f32(weight));
+                to.write(half::bf16::from_f32(weight * multipliers[row]));
             }
         }
     }

@@ -114,14 +114,13 @@ pub(super) unsafe fn run(
                 let width = (segment.row + segment.rows - row).min(COLS);
                 // Whole panels without a bias go straight to the output.
                 if how.bias.is_none() && width.is_multiple_of(LANES) {
-                    let first = rows.0 * matrix.rows + row;
-                    let to = out.slice(first, (left.count() - 1) * matrix.rows + width);
+                    let to = out.at(rows.0 * matrix.rows + row);
                     multiply(
                         matrix,
                         group,
                         &left,
                         room,
-                        (to.as_mut_ptr(), matrix.rows),
+                        (to, matrix.rows),
                         how.accumulate,
                     );
                     return;
@@ -139,9 +138,12 @@ pub(super) unsafe fn run(
     CALL.set(call);
 }
 
-/// Adds a unit's results for one row of `x` to the output, from row `row` of the matrix on.
+/// Stores results of one row of `x`, from row `row` of the matrix on; `sums` takes whole vectors.
+///
+/// # Safety
+/// The CPU has the features named.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue) {
+pub(super) unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue) {
     for at in (0..out.len()).step_by(LANES) {
         let mask = ((1u32 << (out.len() - at).min(LANES)) - 1) as u16;
         let mut value = _mm512_loadu_ps(sums.add(at));
