@@ -86,6 +86,21 @@ pub fn json(paper: &str, file: &str) -> Value {
     serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
+/// A file of one JSON value a line, by paper and file name.
+pub fn jsonl(paper: &str, file: &str) -> Vec<Value> {
+    let path = root().join(paper).join(file);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let lines: Vec<Value> = text
+        .split('\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| {
+            serde_json::from_str(line).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+        })
+        .collect();
+    assert!(!lines.is_empty(), "{} is empty", path.display());
+    lines
+}
+
 impl Case {
     /// Whether the file holds this tensor.
     pub fn has(&self, name: &str) -> bool {

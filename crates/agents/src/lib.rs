@@ -2,5 +2,5 @@
 
 pub mod chat;
 
-pub use chat::local::{Finish, Generation, Limits, LocalModel, Prompt};
+pub use chat::local::{Finish, Generation, Limits, LocalModel, Prompt, Written};
 pub use chat::template::{ChatTemplate, Message, Role};

@@ -34,10 +34,24 @@ pub struct Row<'a> {
     pub policy: &'a mut dyn ContextPolicy,
     /// The layer's rotary frequencies; None = no position encoding.
     pub rope: Option<&'a Frequencies>,
-    /// cos and sin of the call's positions, [count, rotary_dim / 2] each; empty without rope.
+    /// cos and sin of the call's positions, [count, rotary_dim / 2] each; empty without rope. Where keys turn
+    /// otherwise than queries, those of the keys follow: [2, count, rotary_dim / 2].
     pub tables: (&'a [f32], &'a [f32]),
     /// Tokens of this call.
     pub count: usize,
+}
+
+impl<'a> Row<'a> {
+    /// cos and sin of the queries, then of the keys.
+    fn tables(&self) -> [(&'a [f32], &'a [f32]); 2] {
+        let (cos, sin) = self.tables;
+        if self.rope.is_none_or(Frequencies::keys_are_as_queries) {
+            return [self.tables; 2];
+        }
+        let ((query_cos, key_cos), (query_sin, key_sin)) =
+            (cos.split_at(cos.len() / 2), sin.split_at(sin.len() / 2));
+        [(query_cos, query_sin), (key_cos, key_sin)]
+    }
 }
 
 /// Rotates rows [count, heads head_dim] to `out` with one cos/sin row per token.
@@ -80,6 +94,23 @@ pub(crate) fn rotate_to(
     let mut row = vec![0f32; 2 * half];
     let (cos, sin) = row.split_at_mut(half);
     RopeTable::compute_row(rope, position as f64, cos, sin);
+    heads
+        .chunks_exact_mut(head_dim)
+        .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+}
+
+/// Rotates cached keys [n head_dim] to one position.
+pub(crate) fn rotate_key_to(
+    rope: Option<&Frequencies>,
+    position: u64,
+    head_dim: usize,
+    heads: &mut [f32],
+) {
+    let Some(rope) = rope else { return };
+    let half = rope.inv_freq.len();
+    let mut row = vec![0f32; 2 * half];
+    let (cos, sin) = row.split_at_mut(half);
+    RopeTable::compute_key_row(rope, position as f64, cos, sin);
     heads
         .chunks_exact_mut(head_dim)
         .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
@@ -171,13 +202,14 @@ pub fn attend_rows(
     let mut offsets = Vec::with_capacity(rows.len());
     let mut offset = 0;
     for row in rows.iter_mut() {
+        refresh(row, layer, layout.head_dim)?;
         if row.count > 0 {
             rotate_rows(
                 query.skip(offset),
                 row.count,
                 width,
                 layout.head_dim,
-                row.tables,
+                row.tables()[0],
                 &mut own[offset * width..(offset + row.count) * width],
             );
             let target = &mut rotated[offset * kv_width..(offset + row.count) * kv_width];
@@ -186,7 +218,7 @@ pub fn attend_rows(
                 row.count,
                 kv_width,
                 layout.head_dim,
-                row.tables,
+                row.tables()[1],
                 target,
             );
             let target = Rows {
@@ -206,29 +238,28 @@ pub fn attend_rows(
     }
 
     // Execution blocks: all rows' first blocks together, then their second ones, ...
-    let block_of = |row: &Row<'_>| match shape.sliding_window {
-        Some(_) => row.count.max(1),
-        None => row.policy.spec().exec_block.unwrap_or(row.count).max(1),
-    };
-    let rounds = rows
+    let starts: Vec<u64> = rows
         .iter()
-        .map(|row| row.count.div_ceil(block_of(row)))
-        .max()
-        .unwrap_or(0);
-    for round in 0..rounds {
+        .map(|row| row.store.len(layer) - row.count as u64)
+        .collect();
+    let mut done = vec![0; rows.len()];
+    loop {
         let mut work: Vec<Work> = Vec::with_capacity(rows.len());
         for (index, row) in rows.iter_mut().enumerate() {
-            let block = block_of(row);
-            let first = round * block;
+            let first = done[index];
             if first >= row.count {
                 continue;
             }
-            let call_start = row.store.len(layer) - row.count as u64;
-            let at = LayerAt {
+            let call_start = starts[index];
+            let mut at = LayerAt {
                 layer,
                 start: call_start + first as u64,
-                queries: block.min(row.count - first),
+                queries: row.count - first,
             };
+            if shape.sliding_window.is_none() {
+                at.queries = row.policy.block(at).clamp(1, at.queries);
+            }
+            done[index] += at.queries;
             let raw = query.skip(offsets[index]);
             let rope = row.rope;
             let turn = |position: u64, heads: &mut [f32]| {
@@ -239,6 +270,7 @@ pub fn attend_rows(
                 stride: raw.stride,
                 num_heads: shape.num_heads,
                 head_dim: layout.head_dim,
+                scale: shape.scale,
                 rotate: &turn,
             };
             let plan = match shape.sliding_window {
@@ -246,7 +278,7 @@ pub fn attend_rows(
                     parts: vec![Window::part(at, size as u64)],
                 },
                 None => {
-                    if round == 0 {
+                    if first == 0 {
                         let call = LayerAt {
                             layer,
                             start: call_start,
@@ -278,6 +310,9 @@ pub fn attend_rows(
                 .collect();
             work.push((index, first, at, plan, turned));
         }
+        if work.is_empty() {
+            return Ok(());
+        }
 
         let mut sums: Vec<Vec<Option<ColumnSums>>> = Vec::with_capacity(work.len());
         {
@@ -296,6 +331,7 @@ pub fn attend_rows(
                                     .map(|ranges| store.tiles(layer, ranges, part.form))
                                     .collect::<io::Result<_>>()?,
                             ),
+                            Keys::Gathered(gathered) => PartTiles::PerQueryHead(gathered.tiles()),
                         })
                     });
                     tiles.collect::<io::Result<Vec<_>>>()
@@ -372,9 +408,18 @@ pub fn attend_rows(
                 Some(size) => row
                     .store
                     .drop_tokens(layer, 0..(at.end() + 1).saturating_sub(size as u64)),
-                None => row.policy.observe(*at, sums, row.store)?,
+                None => {
+                    row.policy.observe(*at, sums, row.store)?;
+                    refresh(row, layer, layout.head_dim)?;
+                }
             }
         }
     }
-    Ok(())
+}
+
+/// Turns keys that a policy has moved to the angles of their new slots.
+fn refresh(row: &mut Row<'_>, layer: usize, head_dim: usize) -> io::Result<()> {
+    let rope = row.rope;
+    let turn = |slot: u64, keys: &mut [f32]| rotate_key_to(rope, slot, head_dim, keys);
+    row.store.refresh(layer, turn)
 }

@@ -1,16 +1,18 @@
 //! The engine: runs a model over any number of sequences, each with its own store and policy.
 
 use crate::attend::{LayerShape, Row, attend_rows};
-use crate::context::{ContextConfig, ContextError, ContextPolicy, PolicyReport, PolicySpec};
+use crate::context::{
+    Call, ContextConfig, ContextError, ContextPolicy, PolicyReport, PolicySpec, Positions,
+};
 use crate::kv::plane::TierFile;
 use crate::kv::{KvBytes, KvStore, Rows};
 use candle_core::{Device, Tensor};
 use longspan_kernels::attention::{KvDtype, KvLayout};
 use longspan_kernels::cpu::Level;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
-use longspan_nn::attention::{Attend, CausalAttention, rope_bases};
+use longspan_nn::attention::{Attend, CausalAttention};
 use longspan_nn::model::Decoder;
-use longspan_nn::position::{Frequencies, RopeBasis, RopeTable};
+use longspan_nn::position::{Frequencies, LayerRopes, RopeError, RopeOverride, RopeTable};
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -21,6 +23,9 @@ pub enum EngineError {
     /// The policy's options are impossible.
     #[error(transparent)]
     Context(#[from] ContextError),
+    /// The rotary rule cannot be used with this model, or not for a text of this length.
+    #[error(transparent)]
+    Rope(#[from] RopeError),
     /// A tensor operation failed.
     #[error("{0}")]
     Tensor(#[from] candle_core::Error),
@@ -77,8 +82,11 @@ pub fn default_kv() -> KvDtype {
 /// A model ready to read and write. Cheap to share; sequences are separate objects.
 pub struct Engine {
     model: Decoder,
-    ropes: Vec<RopeBasis>,
+    ropes: LayerRopes,
+    rope: Option<RopeOverride>,
     fingerprint: String,
+    /// Layers without a sliding window of their own.
+    governed: Vec<usize>,
 }
 
 /// One stream of tokens with its keys, values and policy.
@@ -95,6 +103,10 @@ pub struct Sequence {
     committed: Option<Box<Sequence>>,
     /// A call failed half-way: layers may disagree.
     broken: bool,
+    /// Rules whose angles depend on the length take it to be at least this.
+    pub(crate) expected_length: usize,
+    /// Tokens of the round that the next call opens.
+    round: Option<usize>,
 }
 
 impl Sequence {
@@ -157,7 +169,27 @@ impl Sequence {
             dense: self.dense.clone(),
             committed: None,
             broken: self.broken,
+            expected_length: self.expected_length,
+            round: None,
         }
+    }
+
+    /// Says how long the text will be (0: not known). Rotary rules whose angles depend on the length then take
+    /// them for this length from the first token on, so that no key need be turned again, and results do
+    /// not depend on how the text is cut into calls. [`Engine::prefill`] says the length of its prompt.
+    pub fn expect_length(&mut self, tokens: usize) {
+        self.expected_length = tokens;
+    }
+
+    /// Says that the next call opens a round of this many tokens: a prompt, a turn of a talk.
+    /// [`Engine::prefill`] does so itself.
+    pub fn begin_round(&mut self, tokens: usize) {
+        self.round = Some(tokens);
+    }
+
+    /// The policy, for tests and reports.
+    pub fn policy(&self) -> &dyn ContextPolicy {
+        &*self.policy
     }
 
     /// Marks the present length as one that [`Engine::truncate`] can return to.
@@ -182,12 +214,59 @@ pub enum Want {
 impl Engine {
     /// Wraps a model. `fingerprint` names the weights; saved sessions carry it.
     pub fn new(model: Decoder, fingerprint: String) -> Result<Self> {
-        let ropes = rope_bases(model.config())?;
-        Ok(Engine {
+        let ropes = LayerRopes::new(model.config())?;
+        Ok(Self::with_ropes(model, ropes, None, fingerprint))
+    }
+
+    /// Wraps a model with another rotary rule than its own, on every layer that sees the whole text. The
+    /// fingerprint then names the rule and its frequencies too. Errors say why a rule does not fit.
+    pub fn with_rope(model: Decoder, fingerprint: &str, rope: RopeOverride) -> Result<Self> {
+        let ropes = LayerRopes::with_override(model.config(), &rope)?;
+        if !model.device().is_cpu() && (ropes.depend_on_length() || ropes.keys_differ()) {
+            let message = format!(
+                "--rope {rope} runs on the CPU: on {:?} keys are cached as they were first rotated, and this rule turns them again or otherwise than queries",
+                model.device()
+            );
+            return Err(EngineError::Refused(message));
+        }
+        let bases = serde_json::to_vec(&ropes).map_err(|error| {
+            EngineError::Refused(format!(
+                "--rope {rope} gives no usable frequencies: {error}"
+            ))
+        })?;
+        let digest = blake3::hash(&bases).to_hex();
+        let fingerprint = format!("{fingerprint} --rope {rope} ({})", &digest[..16]);
+        Ok(Self::with_ropes(model, ropes, Some(rope), fingerprint))
+    }
+
+    fn with_ropes(
+        model: Decoder,
+        ropes: LayerRopes,
+        rope: Option<RopeOverride>,
+        fingerprint: String,
+    ) -> Self {
+        let layers = model.config().layers.iter().enumerate();
+        let governed = layers
+            .filter(|(_, layer)| layer.sliding_window.is_none())
+            .map(|(index, _)| index)
+            .collect();
+        Engine {
             model,
             ropes,
+            rope,
             fingerprint,
-        })
+            governed,
+        }
+    }
+
+    /// The rotary rule of every layer.
+    pub(crate) fn ropes(&self) -> &LayerRopes {
+        &self.ropes
+    }
+
+    /// True for layers that context policies govern: those without a sliding window of their own.
+    pub(crate) fn governs(&self, layer: usize) -> bool {
+        self.governed.binary_search(&layer).is_ok()
     }
 
     /// The model.
@@ -200,9 +279,18 @@ impl Engine {
         &self.fingerprint
     }
 
-    /// The trained window in tokens.
+    /// The rotary rule set in place of the model's own.
+    pub fn rope(&self) -> Option<&RopeOverride> {
+        self.rope.as_ref()
+    }
+
+    /// The trained window in tokens, or the one that the rotary rule set by hand stretches it to.
     pub fn window(&self) -> u64 {
-        self.model.config().context_length as u64
+        let trained = self.model.config().context_length;
+        match &self.rope {
+            Some(_) => self.ropes.stretched_window().unwrap_or(trained) as u64,
+            None => trained as u64,
+        }
     }
 
     pub(crate) fn layout(&self, dtype: KvDtype) -> KvLayout {
@@ -231,7 +319,26 @@ impl Engine {
         }
         let policy = options.context.build(self.window())?;
         let spec = policy.spec();
-        let keep_raw = spec.raw_keys || self.ropes.iter().any(RopeBasis::depends_on_length);
+        let follows_length = self.ropes.depend_on_length();
+        if self
+            .ropes
+            .bases()
+            .iter()
+            .any(|basis| basis.scale_base().is_some())
+            && !matches!(options.kv, KvDtype::Bf16 | KvDtype::F32)
+        {
+            return Err(EngineError::Refused(
+                "--rope xpos grows keys with their position, beyond what f16 and int8 hold; add --kv bf16 or --kv f32".into(),
+            ));
+        }
+        if spec.rearranges && follows_length {
+            let message = format!(
+                "--context {}: it renumbers or reorders the tokens it keeps, but this model's rotary frequencies change with the length of the text",
+                options.context
+            );
+            return Err(EngineError::Refused(message));
+        }
+        let keep_raw = spec.raw_keys || follows_length;
         Ok(Sequence {
             tokens: Vec::new(),
             store: KvStore::new(
@@ -245,12 +352,15 @@ impl Engine {
             options: options.clone(),
             frequencies: self
                 .ropes
+                .bases()
                 .iter()
                 .map(|rope| rope.frequencies(None))
                 .collect(),
             dense: Vec::new(),
             committed: None,
             broken: false,
+            expected_length: 0,
+            round: None,
         })
     }
 
@@ -275,6 +385,9 @@ impl Engine {
         };
         let mut read = 0;
         let mut logits = Vec::new();
+        sequence.begin_round(tokens.len());
+        let whole = sequence.len() + tokens.len();
+        sequence.expected_length = sequence.expected_length.max(whole);
         while read < tokens.len() {
             let end = if read < body.len() {
                 (read + spec.chunk).min(body.len())
@@ -312,6 +425,11 @@ impl Engine {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
+        // Before anything is touched: a text that is too long leaves its sequence as it was.
+        for (sequence, tokens) in rows.iter() {
+            self.ropes
+                .check_length(sequence.tokens.len() + tokens.len())?;
+        }
         rows.iter_mut()
             .for_each(|(sequence, _)| sequence.broken = true);
         let hidden = if self.model.device().is_cpu() {
@@ -319,12 +437,30 @@ impl Engine {
         } else {
             self.hidden_dense(rows, &ids)?
         };
+        let mut first = 0;
+        // Logits of the rows whose policies ask for them.
+        let mut known: Vec<Vec<f32>> = Vec::new();
+        for (sequence, tokens) in rows.iter_mut() {
+            if sequence.policy.spec().logits && !tokens.is_empty() {
+                let logits = self.logits(&hidden.narrow(0, first, tokens.len())?)?;
+                sequence.policy.end_call(tokens, &logits)?;
+                known.push(logits);
+            }
+            first += tokens.len();
+        }
         for (sequence, tokens) in rows.iter_mut() {
             sequence.tokens.extend_from_slice(tokens);
             sequence.broken = false;
         }
+        let filled = rows.iter().filter(|(_, tokens)| !tokens.is_empty()).count();
         let hidden = match want {
             Want::Nothing => return Ok(Vec::new()),
+            Want::All if known.len() == filled => return Ok(known.concat()),
+            Want::Last if known.len() == filled => {
+                let vocab = self.model.config().vocab_size;
+                let last = known.iter().map(|logits| &logits[logits.len() - vocab..]);
+                return Ok(last.collect::<Vec<_>>().concat());
+            }
             Want::All => hidden,
             Want::Last => {
                 let mut end = 0;
@@ -338,8 +474,20 @@ impl Engine {
                 Tensor::cat(&ends.collect::<candle_core::Result<Vec<_>>>()?, 0)?
             }
         };
-        let logits = self.model.logits(&hidden)?.to_device(&Device::Cpu)?;
+        self.logits(&hidden)
+    }
+
+    /// hidden [tokens, hidden] to logits [tokens, vocab].
+    fn logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+        let logits = self.model.logits(hidden)?.to_device(&Device::Cpu)?;
         Ok(with_rows(&logits, <[f32]>::to_vec)?)
+    }
+
+    /// Says that what was read is a fixed prefix, of which many questions will be asked: policies
+    /// that index one do it now.
+    pub fn seal(&self, sequence: &mut Sequence) -> Result<()> {
+        let Sequence { policy, store, .. } = sequence;
+        Ok(policy.seal(&self.governed, store)?)
     }
 
     fn hidden_paged(&self, rows: &mut [(&mut Sequence, &[u32])], ids: &[u32]) -> Result<Tensor> {
@@ -348,14 +496,29 @@ impl Engine {
         let mut tables = Vec::with_capacity(rows.len());
         for (sequence, tokens) in rows.iter_mut() {
             self.follow_length(sequence, tokens.len())?;
-            let start = sequence.tokens.len();
-            tables.push(
-                sequence
-                    .frequencies
-                    .iter()
+            if !tokens.is_empty() {
+                let call = Call {
+                    tokens: tokens.len(),
+                    round: sequence.round.take(),
+                    layers: &self.governed,
+                };
+                sequence.policy.begin_call(&call, &mut sequence.store)?;
+            }
+            let rows = |start: usize| -> Vec<(Vec<f32>, Vec<f32>)> {
+                let ropes = sequence.frequencies.iter();
+                ropes
                     .map(|rope| position_rows(rope, start, tokens.len()))
-                    .collect::<Vec<_>>(),
-            );
+                    .collect()
+            };
+            let start = sequence.tokens.len();
+            let slot = match (sequence.policy.spec().positions, self.governed.first()) {
+                (Positions::Cache, Some(&layer)) => sequence.store.len(layer) as usize,
+                _ => start,
+            };
+            tables.push(Tables {
+                own: rows(start),
+                slots: (slot != start).then(|| rows(slot)),
+            });
         }
         let mut attend = PagedAttend {
             engine: self,
@@ -369,6 +532,7 @@ impl Engine {
             None => {
                 debug_assert!(rows.iter().all(|(s, t)| {
                     (0..config.num_layers)
+                        .filter(|&l| !(s.policy.spec().rearranges && self.governs(l)))
                         .all(|l| s.store.len(l) == (s.tokens.len() + t.len()) as u64)
                 }));
                 Ok(hidden?)
@@ -386,8 +550,9 @@ impl Engine {
         };
         // The weights' own type: candle's GPU products want both sides alike.
         let dtype = self.model.dtype();
-        let mut attend = CausalAttention::cached(
+        let mut attend = CausalAttention::cached_with(
             self.model.config(),
+            self.ropes.clone(),
             tokens.len(),
             &mut sequence.dense,
             dtype,
@@ -396,26 +561,26 @@ impl Engine {
         Ok(self.model.hidden(ids, &mut attend)?)
     }
 
-    /// Bases that depend on the length (dynamic NTK, longrope): when the frequencies change, every
+    /// Bases that depend on the length (dynamic NTK, longrope, CLEX): when the frequencies change, every
     /// cached key is rotated anew.
     fn follow_length(&self, sequence: &mut Sequence, incoming: usize) -> Result<()> {
+        let known = sequence.tokens.len() + incoming;
         let config = self.model.config();
-        for (index, rope) in self
-            .ropes
-            .iter()
-            .enumerate()
-            .filter(|(_, rope)| rope.depends_on_length())
-        {
-            let now = rope.frequencies(Some(sequence.tokens.len() + incoming));
+        let length = known.max(sequence.expected_length);
+        let bases = self.ropes.bases().iter().enumerate();
+        for (index, basis) in bases.filter(|(_, basis)| basis.depends_on_length()) {
+            let now = basis.frequencies(Some(length));
             if now == sequence.frequencies[index] {
                 continue;
             }
-            for layer in
-                (0..config.num_layers).filter(|&layer| config.layers[layer].rope == Some(index))
-            {
-                sequence.store.rerotate(layer, |token, key| {
-                    crate::attend::rotate_to(Some(&now), token, config.head_dim, key)
-                })?;
+            if !now.same_keys(&sequence.frequencies[index]) {
+                for layer in (0..config.num_layers)
+                    .filter(|&layer| self.ropes.of_layer(layer) == Some(index))
+                {
+                    sequence.store.rerotate(layer, 0, |token, keys| {
+                        crate::attend::rotate_key_to(Some(&now), token, config.head_dim, keys)
+                    })?;
+                }
             }
             sequence.frequencies[index] = now;
         }
@@ -425,11 +590,9 @@ impl Engine {
     /// The frequencies that the cached keys of a restored sequence stand at.
     pub(crate) fn restore_frequencies(&self, sequence: &mut Sequence) {
         let len = sequence.tokens.len();
-        sequence.frequencies = self
-            .ropes
-            .iter()
-            .map(|rope| rope.frequencies((len > 0).then_some(len)))
-            .collect();
+        let length = (len > 0).then_some(len.max(sequence.expected_length));
+        let bases = self.ropes.bases().iter();
+        sequence.frequencies = bases.map(|basis| basis.frequencies(length)).collect();
     }
 
     /// Returns a sequence to an earlier length. Full attention can go anywhere; other policies to
@@ -475,25 +638,41 @@ impl Sequence {
     }
 }
 
-/// cos and sin for positions start..start + count: [count, rotary_dim / 2] each.
+/// cos and sin for positions start..start + count: [count, rotary_dim / 2] each; where keys turn
+/// otherwise than queries, those of the keys follow: [2, count, rotary_dim / 2].
 fn position_rows(rope: &Frequencies, start: usize, count: usize) -> (Vec<f32>, Vec<f32>) {
     let half = rope.inv_freq.len();
-    let (mut cos, mut sin) = (vec![0f32; count * half], vec![0f32; count * half]);
+    let times = if rope.keys_are_as_queries() { 1 } else { 2 };
+    let (mut cos, mut sin) = (
+        vec![0f32; times * count * half],
+        vec![0f32; times * count * half],
+    );
     for (index, (cos, sin)) in cos
         .chunks_exact_mut(half)
         .zip(sin.chunks_exact_mut(half))
         .enumerate()
     {
-        RopeTable::compute_row(rope, (start + index) as f64, cos, sin);
+        if index < count {
+            RopeTable::compute_row(rope, (start + index) as f64, cos, sin);
+        } else {
+            RopeTable::compute_key_row(rope, (start + index - count) as f64, cos, sin);
+        }
     }
     (cos, sin)
+}
+
+/// cos and sin of a call's positions, per rotary basis.
+struct Tables {
+    own: Vec<(Vec<f32>, Vec<f32>)>,
+    /// For the layers of a policy that stands at cache slots, where they differ.
+    slots: Option<Vec<(Vec<f32>, Vec<f32>)>>,
 }
 
 struct PagedAttend<'a, 'b, 'c> {
     engine: &'a Engine,
     rows: &'a mut [(&'b mut Sequence, &'c [u32])],
-    /// Per row and rotary basis, cos and sin of the call's positions.
-    tables: Vec<Vec<(Vec<f32>, Vec<f32>)>>,
+    /// Per row.
+    tables: Vec<Tables>,
     /// candle's error type cannot carry ours back; it waits here.
     error: &'a mut Option<io::Error>,
 }
@@ -516,7 +695,7 @@ impl Attend for PagedAttend<'_, '_, '_> {
             softcap: config.attention_softcap,
             sliding_window: config.layers[layer].sliding_window,
         };
-        let rope = config.layers[layer].rope;
+        let rope = self.engine.ropes.of_layer(layer);
         let mut rows: Vec<Row<'_>> = self
             .rows
             .iter_mut()
@@ -526,7 +705,11 @@ impl Attend for PagedAttend<'_, '_, '_> {
                 policy: &mut *sequence.policy,
                 rope: rope.map(|rope| &sequence.frequencies[rope]),
                 tables: rope.map_or((&[][..], &[][..]), |rope| {
-                    (&tables[rope].0[..], &tables[rope].1[..])
+                    let tables = match &tables.slots {
+                        Some(slots) if shape.sliding_window.is_none() => &slots[rope],
+                        _ => &tables.own[rope],
+                    };
+                    (&tables.0[..], &tables.1[..])
                 }),
                 count: tokens.len(),
             })

@@ -7,6 +7,7 @@ pub mod attend;
 pub mod context;
 pub mod decode;
 pub mod engine;
+pub mod key_context;
 pub mod kv;
 pub mod prefix;
 pub mod session;

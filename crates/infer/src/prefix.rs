@@ -56,7 +56,11 @@ impl PrefixCache {
         let mut fork = sequence.fork();
         self.kept.push(sequence);
         match engine.truncate(&mut fork, common) {
-            Ok(()) => Ok(Some(fork)),
+            Ok(()) => {
+                // The text to come is another one.
+                fork.expect_length(0);
+                Ok(Some(fork))
+            }
             // A model with sliding layers has dropped what a cut would need.
             Err(crate::EngineError::Refused(_)) => Ok(None),
             Err(error) => Err(error),

@@ -11,6 +11,7 @@ use crate::kv::plane::TierFile;
 use crate::kv::{LayerPages, Page};
 use crate::wire::{read_bytes, read_u64, write_bytes, write_u64};
 use longspan_kernels::attention::KvDtype;
+use longspan_nn::position::RopeOverride;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -38,6 +39,12 @@ pub struct Header {
     pub cold_end: u64,
     /// See `cold_end`.
     pub hot_end: u64,
+    /// The rotary rule in place of the model's own, if there was one.
+    #[serde(default)]
+    pub rope: Option<RopeOverride>,
+    /// See [`Sequence::expect_length`].
+    #[serde(default)]
+    expected_length: usize,
     num_layers: usize,
     first_page: usize,
     keeps_raw: bool,
@@ -199,6 +206,8 @@ impl SessionDir {
             generation,
             cold_end,
             hot_end: hot.end(),
+            rope: engine.rope().cloned(),
+            expected_length: sequence.expected_length,
             num_layers: sequence.store.num_layers(),
             first_page: sequence.store.first_page(),
             keeps_raw: sequence.store.keeps_raw(),
@@ -243,6 +252,19 @@ impl SessionDir {
             policy,
             tables,
         } = parse_index(&bytes, &path)?;
+        if header.rope.as_ref() != engine.rope() {
+            let named = |rope: Option<&RopeOverride>| match rope {
+                Some(rope) => format!("--rope {rope}"),
+                None => "the model's own rotary positions".into(),
+            };
+            let message = format!(
+                "{}: the session was read with {}, found {}",
+                path.display(),
+                named(header.rope.as_ref()),
+                named(engine.rope())
+            );
+            return Err(EngineError::Session(message));
+        }
         if header.model != engine.fingerprint() {
             let message = format!(
                 "{}: the session belongs to the model {}, found {}",
@@ -306,11 +328,24 @@ impl SessionDir {
             )
             .map_err(|error| named(&path, error))?;
         }
+        let rearranges = sequence.policy.spec().rearranges;
+        for (index, layer) in sequence.store.layers.iter().enumerate() {
+            if layer.len != tokens.len() as u64 && !(rearranges && engine.governs(index)) {
+                let message = format!(
+                    "{}: layer {index} has {} tokens, expected {}",
+                    path.display(),
+                    layer.len,
+                    tokens.len()
+                );
+                return Err(EngineError::Session(message));
+            }
+        }
         sequence
             .policy
             .load(&mut &policy[..])
             .map_err(|error| named(&path, error))?;
         sequence.tokens = tokens;
+        sequence.expected_length = header.expected_length;
         engine.restore_frequencies(&mut sequence);
         Ok((sequence, header))
     }
@@ -325,14 +360,15 @@ fn read_layer(
 ) -> io::Result<LayerPages> {
     let wrong = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
     let (len, pages) = (read_u64(input)?, read_u64(input)?);
-    if len != tokens || pages > tokens + 1 {
+    // Policies that rearrange a layer keep fewer slots than tokens.
+    if len > tokens || pages > tokens + 1 {
         return Err(wrong(format!(
-            "a layer has {len} tokens on {pages} pages, expected {tokens} tokens"
+            "a layer has {len} tokens on {pages} pages, expected at most {tokens} tokens"
         )));
     }
     let mut layer = LayerPages {
         len,
-        pages: Vec::new(),
+        ..LayerPages::default()
     };
     for _ in 0..pages {
         let mut plane = || -> io::Result<_> {

@@ -1,135 +1,15 @@
 //! Goldens of LM-Infinite (07) and InfLLM (20): one layer, queries, keys and values given
-//! un-rotated, through the same [`attend_rows`] the engine uses, with f32 keys and values.
+//! un-rotated, through the same `attend_rows` the engine uses, with f32 keys and values.
 
 #[path = "../../../tests/golden.rs"]
 mod golden;
 
+mod rig;
+
 use golden::Case;
-use longspan_infer::attend::{LayerShape, Row, attend_rows};
 use longspan_infer::context::infllm::{Evict, Heads};
-use longspan_infer::context::{ContextPolicy, InfLlm, InfLlmConfig, LmInfinite, LmInfiniteConfig};
-use longspan_infer::kv::{KvStore, Rows};
-use longspan_kernels::attention::{KvDtype, KvLayout};
-use longspan_nn::position::{Frequencies, RopeBasis, RopeTable};
-
-/// One layer of one sequence: heads, head_dim and rotary base.
-struct Rig {
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    rope: Frequencies,
-    store: KvStore,
-    position: usize,
-}
-
-impl Rig {
-    fn new(
-        num_heads: usize,
-        num_kv_heads: usize,
-        head_dim: usize,
-        rope_base: f64,
-        policy: &dyn ContextPolicy,
-    ) -> Self {
-        let layout = KvLayout {
-            num_kv_heads,
-            head_dim,
-            dtype: KvDtype::F32,
-        };
-        let basis = RopeBasis::from_hf(
-            &serde_json::json!({ "rope_theta": rope_base, "rope_type": "default" }),
-            head_dim,
-            1 << 20,
-        )
-        .unwrap();
-        let spec = policy.spec();
-        Rig {
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            rope: basis.frequencies(None),
-            store: KvStore::new(layout, 1, spec.raw_keys, spec.first_page, None),
-            position: 0,
-        }
-    }
-
-    /// Appends `count` tokens whose rows are token-major and returns [count, num_heads head_dim].
-    fn call(
-        &mut self,
-        policy: &mut dyn ContextPolicy,
-        query: &[f32],
-        key: &[f32],
-        value: &[f32],
-        count: usize,
-    ) -> Vec<f32> {
-        let half = self.rope.inv_freq.len();
-        let (mut cos, mut sin) = (vec![0f32; count * half], vec![0f32; count * half]);
-        for index in 0..count {
-            let span = index * half..(index + 1) * half;
-            RopeTable::compute_row(
-                &self.rope,
-                (self.position + index) as f64,
-                &mut cos[span.clone()],
-                &mut sin[span],
-            );
-        }
-        let (width, kv_width) = (
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        );
-        let mut out = vec![0f32; count * width];
-        let shape = LayerShape {
-            layer: 0,
-            num_heads: self.num_heads,
-            scale: 1.0 / (self.head_dim as f32).sqrt(),
-            softcap: None,
-            sliding_window: None,
-        };
-        let mut rows = [Row {
-            store: &mut self.store,
-            policy,
-            rope: Some(&self.rope),
-            tables: (&cos, &sin),
-            count,
-        }];
-        let query = Rows {
-            data: query,
-            stride: width,
-        };
-        let (key, value) = (
-            Rows {
-                data: key,
-                stride: kv_width,
-            },
-            Rows {
-                data: value,
-                stride: kv_width,
-            },
-        );
-        attend_rows(shape, &mut rows, query, key, value, &mut out).unwrap();
-        self.position += count;
-        out
-    }
-}
-
-/// [heads, tokens, dim] to [tokens, heads dim].
-fn token_major(x: &[f32], heads: usize, dim: usize) -> Vec<f32> {
-    let tokens = x.len() / heads / dim;
-    let at = |t: usize, h: usize| (h * tokens + t) * dim;
-    (0..tokens)
-        .flat_map(|t| (0..heads).flat_map(move |h| (0..dim).map(move |d| at(t, h) + d)))
-        .map(|i| x[i])
-        .collect()
-}
-
-fn assert_close(found: &[f32], want: &[f64], tolerance: f64, what: &str) {
-    assert_eq!(found.len(), want.len(), "{what}");
-    for (index, (found, want)) in found.iter().zip(want).enumerate() {
-        assert!(
-            (*found as f64 - want).abs() <= tolerance,
-            "{what}[{index}]: {found}, expected {want} within {tolerance:e}"
-        );
-    }
-}
+use longspan_infer::context::{InfLlm, InfLlmConfig, LmInfinite, LmInfiniteConfig};
+use rig::{Rig, assert_close, token_major};
 
 fn run_infllm(case: &Case, compat_overlap: bool) {
     let what = format!(
@@ -158,7 +38,13 @@ fn run_infllm(case: &Case, compat_overlap: bool) {
         compat_overlap,
     };
     let mut policy = InfLlm::new(&config, 1 << 20);
-    let mut rig = Rig::new(heads, kv_heads, dim, case.meta_f64("rope_base"), &policy);
+    let mut rig = Rig::new(
+        heads,
+        kv_heads,
+        dim,
+        Some(case.meta_f64("rope_base")),
+        &policy,
+    );
     let query = token_major(&case.f32("q"), heads, dim);
     let key = token_major(&case.f32("k"), kv_heads, dim);
     let value = token_major(&case.f32("v"), kv_heads, dim);
@@ -226,7 +112,13 @@ fn run_infllm(case: &Case, compat_overlap: bool) {
 
     // One call as a whole: retrieval is scored ahead for all its blocks, with the same result.
     let mut whole = InfLlm::new(&config, 1 << 20);
-    let mut rig = Rig::new(heads, kv_heads, dim, case.meta_f64("rope_base"), &whole);
+    let mut rig = Rig::new(
+        heads,
+        kv_heads,
+        dim,
+        Some(case.meta_f64("rope_base")),
+        &whole,
+    );
     let (mut again, mut start) = (Vec::new(), 0);
     for &count in &case.i64("calls") {
         let n = count as usize;
@@ -339,7 +231,7 @@ fn lm_infinite(case: &Case, prefix: &str, config: &LmInfiniteConfig, first: usiz
                 continue;
             }
             let mut policy = LmInfinite::new(config, 1 << 20);
-            let mut rig = Rig::new(heads, heads, dim, case.meta_f64("rope_base"), &policy);
+            let mut rig = Rig::new(heads, heads, dim, Some(case.meta_f64("rope_base")), &policy);
             if first > 0 {
                 rig.call(
                     &mut policy,

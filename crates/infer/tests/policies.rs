@@ -5,8 +5,8 @@ mod golden;
 
 use candle_core::{DType, Device};
 use longspan_infer::context::{
-    ColumnSums, ContextConfig, ContextPolicy, InfLlm, InfLlmConfig, Keys, LayerAt, LmInfinite,
-    LmInfiniteConfig, Plan, PolicySpec, Queries, Sinks, Window,
+    Call, ColumnSums, ContextConfig, ContextPolicy, H2o, Hip, InfLlm, InfLlmConfig, Keys, LayerAt,
+    LmInfinite, LmInfiniteConfig, Plan, PolicySpec, Queries, Sinks, Span, Squeezed, Window,
 };
 use longspan_infer::engine::Want;
 use longspan_infer::kv::KvStore;
@@ -20,13 +20,21 @@ use longspan_nn::weights::safetensors::HfWeights;
 use std::io;
 use std::ops::ControlFlow;
 
-const POLICIES: [&str; 6] = [
+const POLICIES: [&str; 14] = [
     "full",
     "window:24",
     "sinks:3,20",
     "lm-infinite:20,3",
     "lm-infinite:local=20,global=3,top_k=2,top_k_from_layer=0",
     "infllm:n_init=4,n_local=16,block=8,topk=2,repr_topk=2,exec_block=8,max_cached=3,chunk=16",
+    "sirllm:start=3,recent=4,top=33,decay=0.8",
+    "h2o:10,8",
+    "h2o:10,8,positions=cache",
+    "span:full=top-1,local=window-12,sinks=2",
+    "span:full=1+,local=block-prev-10,sinks=1",
+    "hip:k=12,block_q=4,block_k=2,window=6,sinks=2,dense_layers=1,refresh=3",
+    "squeezed:0.5,clusters=20,obs=8",
+    "squeezed:0.6,0.4,clusters=20,coarse=6,obs=8",
 ];
 
 fn engine(name: &str) -> Engine {
@@ -124,6 +132,13 @@ fn a_budget_as_long_as_the_text_is_full_attention() {
             "sinks:4,60",
             "lm-infinite:60,4",
             "infllm:n_local=64,n_init=4,block=8,topk=2,exec_block=16,chunk=32",
+            "sirllm:top=60",
+            "h2o:30,30",
+            "h2o:30,30,positions=cache",
+            "span:full=bottom-0,local=window-60,sinks=0",
+            "span:full=bottom-0,local=block-60,sinks=0",
+            "span:full=bottom-9,local=block-1",
+            "hip:k=64,block_q=4,window=8,dense_layers=0",
         ] {
             for piece in [60, 1] {
                 let found = read(
@@ -151,7 +166,10 @@ fn pieces_do_not_change_results() {
         // Retrieval works on blocks of a call; InfLLM promises invariance in multiples of its block.
         let pieces: &[usize] = match context {
             c if c.starts_with("infllm") => &[8, 16, 48],
+            c if c.starts_with("hip") => &[4, 16, 48],
             c if c.contains("top_k=2") => &[100],
+            // These choose what to drop after every call or round.
+            c if c.starts_with("sirllm") || c.starts_with("h2o") => continue,
             _ => &[1, 7, 33],
         };
         let whole = read(
@@ -186,10 +204,12 @@ fn forks_and_returns_replay_bit_for_bit() {
         for context in POLICIES {
             let mut base = engine.sequence(&options(context), None).unwrap();
             read(&engine, &mut base, &head, 16);
+            engine.seal(&mut base).unwrap();
             base.commit();
             let fresh = |tail: &[u32]| {
                 let mut sequence = engine.sequence(&options(context), None).unwrap();
                 read(&engine, &mut sequence, &head, 16);
+                engine.seal(&mut sequence).unwrap();
                 read(&engine, &mut sequence, tail, 1)
             };
             let (want_a, want_b) = (fresh(&a), fresh(&b));
@@ -238,11 +258,21 @@ fn rows_of_a_batch_do_not_touch_each_other() {
         ids(1, 8, vocab),
         ids(64, 9, vocab),
     ];
-    for batch in [[0, 1, 2, 3], [3, 1, 0, 2]] {
+    for (first, batch) in [
+        (2, [0, 1, 2, 3]),
+        (2, [3, 1, 0, 2]),
+        (5, [1, 2, 0, 3]),
+        (7, [0, 1, 2, 3]),
+        (10, [1, 3, 2, 0]),
+    ] {
         // Mixed policies in one batch, ragged lengths, then one decode step each.
         let mut sequences: Vec<Sequence> = batch
             .iter()
-            .map(|&row| engine.sequence(&options(POLICIES[row + 2]), None).unwrap())
+            .map(|&row| {
+                engine
+                    .sequence(&options(POLICIES[row + first]), None)
+                    .unwrap()
+            })
             .collect();
         let mut rows: Vec<(&mut Sequence, &[u32])> = sequences
             .iter_mut()
@@ -250,12 +280,17 @@ fn rows_of_a_batch_do_not_touch_each_other() {
             .map(|(s, row)| (s, &texts[row][..]))
             .collect();
         let together = engine.forward(&mut rows, Want::Last).unwrap();
+        for sequence in &mut sequences {
+            engine.seal(sequence).unwrap();
+        }
         let step = [11u32];
         let mut rows: Vec<(&mut Sequence, &[u32])> =
             sequences.iter_mut().map(|s| (s, &step[..])).collect();
         let stepped = engine.forward(&mut rows, Want::Last).unwrap();
         for (place, &row) in batch.iter().enumerate() {
-            let mut alone = engine.sequence(&options(POLICIES[row + 2]), None).unwrap();
+            let mut alone = engine
+                .sequence(&options(POLICIES[row + first]), None)
+                .unwrap();
             let want = engine
                 .forward(&mut [(&mut alone, &texts[row])], Want::Last)
                 .unwrap();
@@ -265,6 +300,7 @@ fn rows_of_a_batch_do_not_touch_each_other() {
                 2e-5,
                 &format!("row {row}"),
             );
+            engine.seal(&mut alone).unwrap();
             let want = engine
                 .forward(&mut [(&mut alone, &step)], Want::Last)
                 .unwrap();
@@ -282,16 +318,24 @@ fn rows_of_a_batch_do_not_touch_each_other() {
 fn evicting_policies_hold_a_flat_number_of_bytes() {
     let engine = engine("llama-tied");
     let vocab = engine.model().config().vocab_size;
-    for context in ["window:200", "sinks:4,200", "lm-infinite:200,10"] {
+    for context in [
+        "window:200",
+        "sinks:4,200",
+        "lm-infinite:200,10",
+        "h2o:100,100",
+        "h2o:100,100,positions=cache",
+        "sirllm:top=250",
+        "span:full=bottom-0,local=block-200,sinks=4",
+    ] {
         let mut sequence = engine.sequence(&options(context), None).unwrap();
+        let chunk = sequence.spec().chunk;
         let mut peak = 0;
         for step in 0..100 {
-            engine
-                .forward(
-                    &mut [(&mut sequence, &ids(1000, step, vocab))],
-                    Want::Nothing,
-                )
-                .unwrap();
+            for piece in ids(1000, step, vocab).chunks(chunk) {
+                engine
+                    .forward(&mut [(&mut sequence, piece)], Want::Nothing)
+                    .unwrap();
+            }
             if step == 0 {
                 peak = sequence.kv_bytes().memory;
                 assert!(peak > 0);
@@ -313,6 +357,14 @@ struct Checked<P>(P, u64);
 impl<P: ContextPolicy + Clone + 'static> ContextPolicy for Checked<P> {
     fn spec(&self) -> PolicySpec {
         self.0.spec()
+    }
+
+    fn begin_call(&mut self, call: &Call<'_>, store: &mut KvStore) -> io::Result<()> {
+        self.0.begin_call(call, store)
+    }
+
+    fn block(&self, at: LayerAt) -> usize {
+        self.0.block(at)
     }
 
     fn begin_layer(
@@ -338,6 +390,7 @@ impl<P: ContextPolicy + Clone + 'static> ContextPolicy for Checked<P> {
                     let ranges = match &part.keys {
                         Keys::Shared(ranges) => ranges,
                         Keys::PerQueryHead(lists) => &lists[head],
+                        Keys::Gathered(gathered) => &gathered.tokens[head],
                     };
                     for key in ranges.iter().cloned().flatten() {
                         let visible = match part.mask {
@@ -391,6 +444,7 @@ fn plans_are_causal_and_disjoint() {
         };
         let spec = policy.spec();
         let mut store = KvStore::new(layout, 1, spec.raw_keys, spec.first_page, None);
+        let layers = [0];
         let shape = longspan_infer::attend::LayerShape {
             layer: 0,
             num_heads: 2,
@@ -399,7 +453,7 @@ fn plans_are_causal_and_disjoint() {
             sliding_window: None,
         };
         let mut state = 5u32;
-        for &count in calls {
+        for (number, &count) in calls.iter().enumerate() {
             let mut random = |n: usize| -> Vec<f32> {
                 (0..n)
                     .map(|_| {
@@ -410,6 +464,13 @@ fn plans_are_causal_and_disjoint() {
             };
             let (q, k, v) = (random(count * 16), random(count * 8), random(count * 8));
             let mut out = vec![0f32; count * 16];
+            let call = Call {
+                tokens: count,
+                // A question after the first call: policies that index a prefix do it then.
+                round: (number > 0).then_some(count),
+                layers: &layers,
+            };
+            policy.begin_call(&call, &mut store).unwrap();
             let mut rows = [longspan_infer::attend::Row {
                 store: &mut store,
                 policy: &mut *policy,
@@ -456,7 +517,74 @@ fn plans_are_causal_and_disjoint() {
             };
             run(&mut Checked(InfLlm::new(&config, 64), 12), calls);
         }
+        // Positions are slots there; a query sees all of them.
+        for text in ["h2o:5,6", "h2o:5,6,positions=cache"] {
+            let Ok(ContextConfig::H2o(config)) = text.parse() else {
+                panic!("{text}")
+            };
+            run(&mut Checked(H2o::new(&config, 64), 11), calls);
+        }
+        for text in [
+            "span:full=bottom-0,local=window-9,sinks=3",
+            "span:full=bottom-0,local=block-9,sinks=3",
+            "span:full=bottom-0,local=block-prev-6,sinks=2",
+        ] {
+            let Ok(ContextConfig::Span(config)) = text.parse() else {
+                panic!("{text}")
+            };
+            run(&mut Checked(Span::new(&config), 1), calls);
+        }
+        for text in [
+            "hip:k=12,block_q=4,block_k=3,window=6,sinks=2,dense_layers=0,refresh=3",
+            "hip:k=8,block_q=8,block_k=2,window=5,sinks=0,dense_layers=0,refresh=1",
+        ] {
+            let Ok(ContextConfig::Hip(config)) = text.parse() else {
+                panic!("{text}")
+            };
+            run(&mut Checked(Hip::new(&config), config.window), calls);
+        }
+        for text in [
+            "squeezed:0.5,obs=4,clusters=20",
+            "squeezed:0.5,0.3,obs=4,clusters=40,coarse=9",
+        ] {
+            let Ok(ContextConfig::Squeezed(config)) = text.parse() else {
+                panic!("{text}")
+            };
+            run(&mut Checked(Squeezed::new(&config), 4), calls);
+        }
     }
+}
+
+#[test]
+fn a_prefix_squeezed_by_nothing_is_full_attention() {
+    let engine = engine("llama-tied");
+    let vocab = engine.model().config().vocab_size;
+    let (head, tail) = (ids(120, 13, vocab), ids(20, 14, vocab));
+    let run = |context: &str| {
+        let mut sequence = engine.sequence(&options(context), None).unwrap();
+        read(&engine, &mut sequence, &head, 50);
+        engine.seal(&mut sequence).unwrap();
+        let mut out = read(&engine, &mut sequence, &tail[..15], 15);
+        out.extend(read(&engine, &mut sequence, &tail[15..], 1));
+        (out, sequence.report())
+    };
+    let (want, _) = run("full");
+    for context in [
+        "squeezed:0",
+        "squeezed:0,0,clusters=30,coarse=8,obs=9",
+        // Every key its own cluster.
+        "squeezed:0,clusters=100,obs=20",
+    ] {
+        let (found, report) = run(context);
+        assert_close(&found, &want, 2e-5, context);
+        assert!(report.taken == report.offered && report.taken > 0);
+    }
+    let (_, report) = run("squeezed:0.8,obs=20,clusters=20");
+    let share = report.taken as f64 / report.offered as f64;
+    assert!(
+        (0.02..0.6).contains(&share),
+        "{share} of the keys were taken"
+    );
 }
 
 #[test]
@@ -518,6 +646,7 @@ fn a_saved_session_goes_on_bit_for_bit() {
             .sequence(&options(context), Some(directory.create().unwrap()))
             .unwrap();
         read(&engine, &mut sequence, &head, 16);
+        engine.seal(&mut sequence).unwrap();
         directory
             .save(&engine, &sequence, serde_json::json!({ "n": index }))
             .unwrap();

@@ -5,12 +5,14 @@
 //! [`cpu::Level`]: AMX, AVX-512, AVX2, portable.
 
 pub mod attention;
+pub mod block_scores;
 pub mod cpu;
 pub mod elementwise;
 pub mod matmul;
 pub mod ops;
 pub mod pool;
 pub mod quant;
+pub mod slots;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod words;

@@ -23,6 +23,10 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
             tokens,
             repeat,
         } => speed(prefill, decode, *tokens, *repeat, common),
+        Bench::Decode(args) => crate::bench_decode::run(args, common),
+        Bench::Loss(args) => crate::probe::loss(args, common),
+        Bench::FirstSentence(args) => crate::probe::first_sentence(args, common),
+        Bench::KeyContext(args) => crate::probe::key_context(args, common),
         Bench::Parity { reference } => parity::run(reference, common),
         Bench::Passkey {
             length,

@@ -1,6 +1,7 @@
 //! Every command and option, with its help.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use longspan_nn::position::RopeOverride;
 use std::path::PathBuf;
 
 /// Models that read, remember and write sequences far longer than they were trained for.
@@ -59,9 +60,10 @@ Settings file (~/.config/longspan/config.toml):
     #[command(after_help = "Example: longspan prepare book.txt --session book.session")]
     Prepare(Prepare),
     /// Continue a text
-    #[command(
-        after_help = "Example: longspan generate \"Once upon a time\" --temperature 0.8 --seed 7"
-    )]
+    #[command(after_help = "Examples:
+  longspan generate \"Once upon a time\" --temperature 0.8 --seed 7
+  longspan generate \"A title for a story about rain:\" --decode dbs:groups=4,n=4 --max-tokens 12
+  longspan generate \"The capital of France is\" --decode tree:budget=32 --pairs pairs.jsonl")]
     Generate(Generate),
     /// Talk with a model, line by line
     #[command(after_help = "Example: longspan chat --model qwen2.5-coder-0.5b --context sinks")]
@@ -71,6 +73,30 @@ Settings file (~/.config/longspan/config.toml):
         #[command(subcommand)]
         what: Bench,
     },
+    /// Run benchmarks on a model, several policies, or an endpoint
+    #[command(after_help = "Examples:
+  longspan eval list
+  longspan eval ruler --sample --target oracle
+  longspan eval needle/shared passkey --lengths 1k,2k --depths 10 --policy full --policy window:512
+  longspan eval ruler/vt --lengths 4k --samples 20 --out runs/vt
+  longspan eval threading/single --endpoint http://localhost:8000/v1 --model NAME
+
+Every answer is stored in the run's folder; a run that was stopped goes on with the same --out.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 the endpoint does not answer, 130 interrupted.")]
+    Eval(crate::eval::Eval),
+    /// Score stored answers, without a model
+    #[command(after_help = "Examples:
+  longspan score runs/vt
+  longspan score ruler --pred FOLDER")]
+    Score(crate::eval::Score),
+    /// Write the report of one or several runs: HTML, Markdown, JSON
+    #[command(
+        after_help = "Example: longspan report runs/a runs/b --out report --gate limits.toml"
+    )]
+    Report(crate::eval::ReportArgs),
+    /// Compare two runs, or the policies of one, on the same samples
+    #[command(after_help = "Example: longspan compare runs/a runs/b --max-drop 0.02")]
+    Compare(crate::eval::Compare),
     /// List the papers that Longspan implements
     Papers {
         /// Print the page of this paper
@@ -91,9 +117,17 @@ pub struct Common {
     #[arg(long, short, global = true, value_name = "MODEL")]
     pub model: Option<String>,
     /// What a long text's later tokens see: auto, full, window:N, sinks:N_INIT,N_LOCAL,
-    /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=..
+    /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=.., sirllm:top=..,decay=..,
+    /// h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE, squeezed:PERCENTILE,LOWER,
+    /// hip:k=..,window=..,refresh=..
     #[arg(long, global = true, value_name = "POLICY")]
     pub context: Option<String>,
+    /// Another rotary rule than the model's own, to read past its window: linear:FACTOR, power:EXPONENT,
+    /// truncated:TOKENS, ntk:FACTOR, dynamic:FACTOR, yarn:FACTOR[:ORIGINAL], longrope:FILE,
+    /// llama3:FACTOR[:ORIGINAL], abf:BASE, xpos[:SCALE_BASE], clex:FOLDER, clex-init[:MAX_FACTOR];
+    /// linear, power and truncated combine with `+`, and abf and xpos with anything
+    #[arg(long, global = true, value_name = "RULE")]
+    pub rope: Option<RopeOverride>,
     /// Type of cached keys and values: f16, bf16, int8, f32; default f16, bf16 on CPUs with AMX
     #[arg(long, global = true)]
     pub kv: Option<String>,
@@ -127,9 +161,16 @@ pub enum DeviceKind {
     Cuda,
 }
 
-/// How the next token is drawn.
+/// How the answer is decoded.
 #[derive(Args, Clone, Default)]
 pub struct Sampling {
+    /// plain (the options below), greedy, sample:temperature=..,top_p=.., lookahead:decoding_length=..,
+    /// branch_length=.., beam:beams=.., dbs:groups=..,lambda=..,term=.., tree:mode=..,budget=..
+    #[arg(long, default_value = "plain", value_name = "STRATEGY")]
+    pub decode: String,
+    /// Append the better and the worse answer to this file, one JSON object a line (tree only)
+    #[arg(long, value_name = "FILE")]
+    pub pairs: Option<PathBuf>,
     /// Most tokens to write
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<usize>,
@@ -258,11 +299,31 @@ pub enum Bench {
         #[arg(long, default_value_t = 3)]
         repeat: usize,
     },
+    /// A decoding strategy beside plain decoding: same text, passes over the model, speed
+    #[command(
+        after_help = "Example: longspan bench decode prompts.jsonl --decode lookahead:decoding_length=16"
+    )]
+    Decode(crate::bench_decode::DecodeBench),
     /// Agreement with reference logits (see scripts/parity/reference.py)
     Parity {
         /// Safetensors with input_ids and logits, or input_ids and nll
         reference: PathBuf,
     },
+    /// Loss of next tokens by position in a text
+    #[command(
+        after_help = "Example: longspan bench loss book.txt --tokens 12288 --bucket 1024 --rope yarn:2"
+    )]
+    Loss(crate::probe::Loss),
+    /// How well a model repeats the first sentence of texts of some lengths (Llama 2 Long's probe)
+    #[command(
+        after_help = "Example: longspan bench first-sentence book.txt --lengths 1024,8192 --rope ntk:2"
+    )]
+    FirstSentence(crate::probe::FirstSentence),
+    /// Finding a hidden number from the segments after which the model is surest (XL3M)
+    #[command(
+        after_help = "Example: longspan bench key-context --length 3000 --segment 150 --keep 2 --window 512"
+    )]
+    KeyContext(crate::probe::KeyContext),
     /// Accuracy of finding a number hidden in filler text, by policy
     #[command(
         after_help = "Example: longspan bench passkey --length 16384 --context infllm --prompts 10"

@@ -2,10 +2,13 @@
 //! crates.
 
 mod bench;
+mod bench_decode;
 mod cli;
+mod eval;
 mod models;
 mod papers;
 mod parity;
+mod probe;
 mod reading;
 mod settings;
 mod ui;
@@ -22,6 +25,14 @@ fn main() -> ExitCode {
         Err(error) if error.downcast_ref::<ui::Interrupted>().is_some() => {
             eprintln!("longspan: {error}");
             ExitCode::from(130)
+        }
+        Err(error) if error.downcast_ref::<eval::Exit>().is_some() => {
+            eprintln!("longspan: {error}");
+            ExitCode::from(
+                error
+                    .downcast_ref::<eval::Exit>()
+                    .map_or(1, |exit| exit.code),
+            )
         }
         // A reader that went away (`| head`) is no failure of ours.
         Err(error) if ui::is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -49,6 +60,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(args) => reading::generate(&args, &common),
         Command::Chat(args) => reading::chat(&args, &common),
         Command::Bench { what } => bench::run(&what, &common),
+        Command::Eval(args) => eval::eval(&args, &common),
+        Command::Score(args) => eval::score(&args, &common),
+        Command::Report(args) => eval::report(&args, &common),
+        Command::Compare(args) => eval::compare(&args, &common),
         Command::Papers { number } => papers::print(number, common.json),
         Command::Completions { shell } => {
             clap_complete::generate(

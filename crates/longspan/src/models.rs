@@ -9,8 +9,9 @@ use longspan_agents::LocalModel;
 use longspan_infer::Engine;
 use longspan_nn::hub::{self, Event, Progress, Stage};
 use longspan_nn::model::{Decoder, Precision as Weights};
+use longspan_nn::position::{LayerRopes, RopeOverride};
 use longspan_nn::weights::Checkpoint;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -166,13 +167,24 @@ pub fn open(common: &Common) -> Result<Opened> {
     longspan_kernels::pool::Pool::global().pin_caller();
     let decoder = Decoder::load(&checkpoint.config, &*checkpoint.weights, weights, &device)
         .with_context(|| format!("{}", path.display()))?;
-    let engine = Engine::new(decoder, checkpoint.fingerprint.to_string())?;
+    let fingerprint = checkpoint.fingerprint.to_string();
+    let engine = match rope(common, &checkpoint, &path)? {
+        Some(rope) => Engine::with_rope(decoder, &fingerprint, rope)?,
+        None => Engine::new(decoder, fingerprint)?,
+    };
     let model = LocalModel::new(engine, checkpoint.tokenizer)?;
     Ok(Opened {
         model,
         name,
         load: start.elapsed(),
     })
+}
+
+/// The rotary rule that the options name, or the one that a checkpoint tuned with CLEX carries.
+fn rope(common: &Common, checkpoint: &Checkpoint, path: &Path) -> Result<Option<RopeOverride>> {
+    let own = LayerRopes::needs_clex(&checkpoint.config).then(|| RopeOverride::clex(path));
+    let rope = common.rope.clone().or(own);
+    Ok(rope.map(RopeOverride::with_absolute_paths).transpose()?)
 }
 
 fn device(common: &Common) -> Result<Device> {

@@ -8,7 +8,7 @@ use longspan_agents::{Finish, Generation, Limits, Message, Role};
 use longspan_data::document::{self, Document};
 use longspan_data::tokenize::Special;
 use longspan_infer::context::{ContextConfig, InfLlmConfig};
-use longspan_infer::decode::{SamplingConfig, Strategy, sample::Sample};
+use longspan_infer::decode::{DecodeConfig, SamplingConfig, Strategy};
 use longspan_infer::engine::default_kv;
 use longspan_infer::prefix::PrefixCache;
 use longspan_infer::session::{KV_NAMES, Mode, SessionDir};
@@ -22,6 +22,9 @@ use std::time::{Duration, Instant};
 
 /// Time between checkpoints of a long reading.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+
+/// Tokens left for a question and an answer after a document.
+const ROOM: usize = 512;
 
 /// What a reading took.
 struct ReadStats {
@@ -78,7 +81,7 @@ fn choose(common: &Common, tokens: usize, window: u64) -> Result<(ContextConfig,
 }
 
 /// InfLLM's defaults, scaled down for windows they do not fit in.
-fn fitting_infllm(window: u64) -> InfLlmConfig {
+pub fn fitting_infllm(window: u64) -> InfLlmConfig {
     let mut config = InfLlmConfig::default();
     while config.check(window).is_err() && config.exec_block > 1 {
         config.exec_block /= 2;
@@ -171,8 +174,10 @@ fn ask_session(
             path.display()
         );
     }
-    let note = directory.header()?.note;
+    let header = directory.header()?;
+    let note = header.note;
     let mut common = common.clone();
+    common.rope = common.rope.or(header.rope);
     if common.model.is_none() {
         common.model = note["model"].as_str().map(str::to_string);
     }
@@ -197,10 +202,9 @@ pub fn prepare(args: &Prepare, common: &Common) -> Result<()> {
     let documents = read_documents(&args.files, &args.reading)?;
     let opened = models::open(common)?;
     let prompt = opened.model.ask(&join(&documents), "")?;
-    // Room for a question and an answer after the document.
     let (context, why) = choose(
         common,
-        prompt.document.len() + 512,
+        prompt.document.len() + ROOM,
         opened.model.engine.window(),
     )?;
     let options = EngineOptions {
@@ -271,6 +275,7 @@ fn read(
         (None, Some(directory)) => engine.sequence(options, Some(directory.create()?))?,
         (None, None) => engine.sequence(options, None)?,
     };
+    sequence.expect_length(tokens.len() + ROOM);
     let resumed_at = sequence.len();
     let bar = ui::bar(tokens.len() as u64, "tokens", common.json);
     bar.set_message("reading");
@@ -339,6 +344,8 @@ fn read(
         resumed_at,
         seconds: start.elapsed().as_secs_f64(),
     };
+    // Questions follow: policies that index a fixed text do so once, before it is saved.
+    engine.seal(&mut sequence)?;
     if let Some(directory) = directory {
         directory.save(engine, &sequence, note)?;
     }
@@ -389,6 +396,14 @@ fn answer(
         if sampling.config.logprobs.is_some() {
             value["logprobs"] = logprobs(opened, &generation);
         }
+        if sampling.decode != DecodeConfig::Plain {
+            value["decode"] = json!(sampling.decode);
+            value["decode_forwards"] = json!(generation.stats.forwards);
+            value["decode_read_tokens"] = json!(generation.stats.tokens);
+        }
+        if !generation.answers.is_empty() {
+            value["answers"] = json!(generation.answers);
+        }
         println!("{value}");
     } else {
         let reading = read.map_or(String::new(), |(stats, _)| {
@@ -403,17 +418,58 @@ fn answer(
         } else {
             String::new()
         };
+        for (rank, other) in generation.answers.iter().enumerate().skip(1) {
+            println!(
+                "--- {} (score {:.4})\n{}",
+                rank + 1,
+                other.score,
+                other.text
+            );
+        }
+        let passes = if sampling.decode == DecodeConfig::Plain {
+            String::new()
+        } else {
+            format!(" in {} passes over the model", generation.stats.forwards)
+        };
         eprintln!(
-            "{reading}first token after {:.3} s, wrote {} tokens at {decode:.1} tok/s, keys and values {}{disk}",
+            "{reading}first token after {:.3} s, wrote {} tokens at {decode:.1} tok/s{passes}, keys and values {}{disk}",
             first_token.as_secs_f64(),
             generation.choices.len(),
             ui::bytes(bytes.memory)
         );
     }
+    if let Some(path) = &sampling.pairs {
+        let prompt = model.tokenizer.decode(sequence.tokens());
+        write_pair(path, &prompt, &generation)?;
+    }
     if generation.finish == Finish::Cancelled {
         return Err(Interrupted("the answer was cut short".into()).into());
     }
     Ok(())
+}
+
+/// Appends a line of preference data: {prompt, chosen, rejected, their confidences}.
+fn write_pair(path: &Path, prompt: &str, generation: &Generation) -> Result<()> {
+    let Some((chosen, rejected)) = &generation.pair else {
+        eprintln!(
+            "{}: the search found one answer only, no pair",
+            path.display()
+        );
+        return Ok(());
+    };
+    let line = json!({
+        "prompt": prompt,
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "chosen_confidence": chosen.score,
+        "rejected_confidence": rejected.score,
+    });
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path);
+    file.and_then(|mut file| writeln!(file, "{line}"))
+        .with_context(|| path.display().to_string())
 }
 
 fn stream_answer(
@@ -481,6 +537,7 @@ pub fn generate(args: &Generate, common: &Common) -> Result<()> {
         context,
     };
     let mut sequence = model.engine.sequence(&options, None)?;
+    sequence.expect_length(tokens.len() + sampling.limits.max_tokens);
     answer(&opened, &mut sequence, &tokens, &sampling, common, None)
 }
 
@@ -573,9 +630,11 @@ fn logprobs(opened: &Opened, generation: &Generation) -> serde_json::Value {
     rows.collect()
 }
 
-/// Sampling options, checked.
+/// Options of decoding, checked.
 struct SamplingArgs {
     config: SamplingConfig,
+    decode: DecodeConfig,
+    pairs: Option<PathBuf>,
     limits: Limits,
 }
 
@@ -597,8 +656,16 @@ impl SamplingArgs {
         if max_tokens == 0 {
             bail!("--max-tokens is 0, expected at least 1");
         }
+        let decode: DecodeConfig = args.decode.parse()?;
+        if args.pairs.is_some() && decode.name() != "tree" {
+            bail!(
+                "--pairs takes a better and a worse answer from --decode tree, found --decode {decode}"
+            );
+        }
         let sampling = SamplingArgs {
             config,
+            decode,
+            pairs: args.pairs.clone(),
             limits: Limits {
                 max_tokens,
                 stop: args.stop.clone(),
@@ -609,7 +676,7 @@ impl SamplingArgs {
     }
 
     fn strategy(&self) -> Result<Box<dyn Strategy>> {
-        Ok(Box::new(Sample::new(self.config.clone(), 0)?))
+        Ok(self.decode.build(&self.config, 0, None)?)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::cli::{Common, DeviceKind, Precision};
 use anyhow::{Context, Result};
+use longspan_nn::position::RopeOverride;
 use serde::Deserialize;
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 pub struct Settings {
     model: Option<String>,
     context: Option<String>,
+    rope: Option<RopeOverride>,
     kv: Option<String>,
     precision: Option<Precision>,
     device: Option<DeviceKind>,
@@ -51,6 +53,7 @@ impl Settings {
         Ok(Common {
             model: given.model.or(self.model),
             context: given.context.or(self.context),
+            rope: given.rope.or(self.rope),
             kv: given.kv.or(self.kv),
             precision: given.precision.or(self.precision),
             device: given.device.or(self.device),

@@ -65,10 +65,8 @@ fn bases() {
             let (mut cos, mut sin) = (vec![0.0; pairs], vec![0.0; pairs]);
             let mut table = RopeTable::new(&frequencies, layout(&case));
             for (row, &position) in positions.iter().enumerate() {
-                let angles = Frequencies {
-                    inv_freq: stored.iter().map(|f| position as f32 * f).collect(),
-                    attention_factor: 1.0,
-                };
+                let angles =
+                    Frequencies::plain(stored.iter().map(|f| position as f32 * f).collect());
                 RopeTable::compute_row(&angles, 1.0, &mut cos, &mut sin);
                 for (j, &cos) in cos.iter().enumerate() {
                     let error = (f64::from(cos) - golden[row * pairs + j]).abs();
@@ -153,10 +151,7 @@ fn randomized() {
             .collect();
         case.assert_close("positions", &positions);
 
-        let frequencies = Frequencies {
-            inv_freq: case.f32("inv_freq"),
-            attention_factor: 1.0,
-        };
+        let frequencies = Frequencies::plain(case.f32("inv_freq"));
         let basis = RopeBasis::new(case.meta_f64("base"), 2 * case.shape("inv_freq")[0], tokens);
         let scaling = RopeScaling::Composed {
             linear: case.meta_f64("scale"),

@@ -2,8 +2,7 @@
 
 use longspan_nn::position::randomized::randomized_positions;
 use longspan_nn::position::{
-    Frequencies, RopeBasis, RopeError, RopeLayout, RopeScaling, RopeTable, XPos, YarnParameters,
-    rotate,
+    Frequencies, RopeBasis, RopeLayout, RopeScaling, RopeTable, XPos, YarnParameters, rotate,
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -551,81 +550,4 @@ fn stored_frequency_factors() {
         let text = plain().with_freq_factors(bad).unwrap_err().to_string();
         assert!(text.contains("rope_freqs.weight"), "{text}");
     }
-}
-
-#[test]
-fn overrides() {
-    let checkpoint = plain()
-        .with_scaling(RopeScaling::Ntk { factor: 3.0 })
-        .unwrap();
-    for (text, scaling) in [
-        ("default", RopeScaling::Default),
-        ("linear:4", composed(4.0, 0.0, None)),
-        ("power:0.5", composed(1.0, 0.5, None)),
-        ("truncated:2048", composed(1.0, 0.0, Some(2048))),
-        ("linear:4+power:0.5", composed(4.0, 0.5, None)),
-        ("truncated:64 + linear:4", composed(4.0, 0.0, Some(64))),
-        ("ntk:2", RopeScaling::Ntk { factor: 2.0 }),
-        ("dynamic:4", RopeScaling::Dynamic { factor: 4.0 }),
-        (
-            "yarn:4",
-            RopeScaling::Yarn(YarnParameters::new(4.0, WINDOW)),
-        ),
-        (
-            "yarn:16:4096",
-            RopeScaling::Yarn(YarnParameters::new(16.0, 4096)),
-        ),
-        ("abf:500000", RopeScaling::Default),
-    ] {
-        let theta = if text.starts_with("abf") {
-            500_000.0
-        } else {
-            10_000.0
-        };
-        let expected = RopeBasis::new(theta, 16, WINDOW)
-            .unwrap()
-            .with_scaling(scaling)
-            .unwrap();
-        assert_eq!(
-            RopeBasis::parse_override(text, &checkpoint).unwrap(),
-            expected,
-            "{text}"
-        );
-    }
-    let both = RopeBasis::parse_override("abf:500000+yarn:4", &checkpoint).unwrap();
-    assert_eq!(both.rope_theta(), 500_000.0);
-    assert!(matches!(both.scaling(), RopeScaling::Yarn(_)));
-}
-
-#[test]
-fn bad_overrides_name_the_fault_and_the_choices() {
-    for (text, words) in [
-        ("", "`` is not known"),
-        ("spiral:3", "`spiral` is not known"),
-        ("linear", "`linear` needs a number"),
-        ("linear:", "`linear` needs a number"),
-        ("linear:0.5", "at least 1, found `0.5`"),
-        ("linear:inf", "found `inf`"),
-        ("linear:nan", "found `nan`"),
-        ("linear:4:5", "more than 1"),
-        ("linear:4+linear:2", "`linear` is given twice"),
-        ("truncated:1.5", "whole number of tokens"),
-        ("truncated:0", "above 0"),
-        ("yarn:4:x", "found `x`"),
-        ("yarn:4+ntk:2", "does not combine"),
-        ("yarn:4+linear:2", "`linear` only combines"),
-        ("default:1", "more than 0"),
-        ("abf:0", "`abf` needs a number"),
-    ] {
-        let error = RopeBasis::parse_override(text, &plain()).unwrap_err();
-        assert!(matches!(error, RopeError::Override { .. }), "{text}");
-        let shown = error.to_string();
-        assert!(shown.contains(words), "`{words}` is missing in: {shown}");
-        assert!(
-            shown.contains("truncated:TOKENS") && shown.contains("abf:BASE"),
-            "{shown}"
-        );
-    }
-    let narrow = RopeBasis::new(10_000.0, 2, WINDOW).unwrap();
-    assert!(RopeBasis::parse_override("ntk:2", &narrow).is_err());
 }

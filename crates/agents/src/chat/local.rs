@@ -3,11 +3,13 @@
 use super::template::{ChatTemplate, Message, Role, TemplateError};
 use longspan_data::tokenize::{Special, Tokenizer, TokenizerError};
 use longspan_infer::decode::stop::StopStrings;
-use longspan_infer::decode::{Choice, Strategy};
-use longspan_infer::engine::Want;
+use longspan_infer::decode::strategy::DecodeStats;
+use longspan_infer::decode::{
+    Answer, Choice, DecodeError, End, EngineSession, Event, Request, Strategy, run,
+};
 use longspan_infer::{Engine, EngineError, Sequence};
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What can go wrong between two texts.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +17,9 @@ pub enum ModelError {
     /// The engine failed or refused.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The strategy failed or refused.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
     /// The text cannot be tokenized.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -65,6 +70,23 @@ pub struct Generation {
     pub finish: Finish,
     /// Time from the first token's choice to the last's.
     pub elapsed: Duration,
+    /// What the strategy took.
+    pub stats: DecodeStats,
+    /// All answers of a strategy that weighs several, best first; the first is `text`.
+    pub answers: Vec<Written>,
+    /// A better and a worse answer, from strategies that search: a pair for preference training.
+    pub pair: Option<(Written, Written)>,
+}
+
+/// An answer of several.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Written {
+    /// Its text up to a stop text.
+    pub text: String,
+    /// What the strategy ranks by.
+    pub score: f64,
+    /// Sum of the log probabilities of its tokens.
+    pub logprob: f64,
 }
 
 /// See the module's text.
@@ -104,6 +126,15 @@ impl LocalModel {
     /// True if the checkpoint brings a chat template.
     pub fn chats(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// The text of a conversation up to the assistant's next turn; the plain contents without a
+    /// chat template.
+    pub fn render(&self, messages: &[Message]) -> Result<String, ModelError> {
+        match &self.template {
+            Some(template) => Ok(template.render(messages)?),
+            None => Ok(messages.iter().map(|m| m.content.as_str()).collect()),
+        }
     }
 
     /// The tokens of a prompt that asks about a document: what stands before the question can be
@@ -177,65 +208,93 @@ impl LocalModel {
     }
 
     /// Writes an answer after `logits` [vocab] of the sequence's last token, handing text to
-    /// `on_text` as it becomes certain. The sequence holds every token that was read back in.
+    /// `on_text` as it becomes certain; strategies that weigh several answers hand it all at the end,
+    /// and call it with nothing while they work. Under strategies that stream, the sequence then holds
+    /// every token that was read back in; others leave it as it was.
     pub fn generate(
         &self,
         sequence: &mut Sequence,
-        mut logits: Vec<f32>,
+        logits: Vec<f32>,
         strategy: &mut dyn Strategy,
         limits: &Limits,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation, ModelError> {
-        let start = Instant::now();
         let mut stream = self.tokenizer.stream();
         let mut stop = StopStrings::new(&limits.stop);
-        let mut generation = Generation {
-            text: String::new(),
-            choices: Vec::new(),
-            finish: Finish::Length,
-            elapsed: Duration::ZERO,
-        };
-        let mut history = sequence.tokens().to_vec();
-        let mut emit = |text: &str, generation: &mut Generation| {
-            generation.text.push_str(text);
-            if text.is_empty() {
-                ControlFlow::Continue(())
-            } else {
-                on_text(text)
-            }
-        };
-        while generation.choices.len() < limits.max_tokens {
-            let choice = strategy.next(&logits, &history);
+        let (mut text, mut choices) = (String::new(), Vec::new());
+        let mut finish = None;
+        let eos = self.tokenizer.eos_ids().to_vec();
+        let mut emit = |event: Event| {
+            let Event::Token(choice) = event else {
+                return on_text("");
+            };
             let token = choice.token;
-            generation.choices.push(choice);
-            if self.tokenizer.eos_ids().contains(&token) {
-                generation.finish = Finish::Stop;
-                break;
+            choices.push(choice);
+            // The strategy ends at these by itself; they have no text.
+            if eos.contains(&token) {
+                return ControlFlow::Continue(());
             }
-            if let Some(text) = stream.push(token) {
-                let (text, stopped) = stop.push(&text);
-                if emit(&text, &mut generation).is_break() {
-                    generation.finish = Finish::Cancelled;
-                    break;
-                }
-                if stopped {
-                    generation.finish = Finish::Stop;
-                    break;
-                }
+            let Some(piece) = stream.push(token) else {
+                return ControlFlow::Continue(());
+            };
+            let (piece, stopped) = stop.push(&piece);
+            text.push_str(&piece);
+            if !piece.is_empty() && on_text(&piece).is_break() {
+                finish = Some(Finish::Cancelled);
+            } else if stopped {
+                finish = Some(Finish::Stop);
             }
-            if generation.choices.len() == limits.max_tokens {
-                break;
+            match finish {
+                Some(_) => ControlFlow::Break(()),
+                None => ControlFlow::Continue(()),
             }
-            history.push(token);
-            logits = self
-                .engine
-                .forward(&mut [(sequence, &[token])], Want::Last)?;
-        }
-        if generation.finish != Finish::Cancelled && !stop.stopped() {
+        };
+        let request = Request {
+            seq: EngineSession::ROOT,
+            eos: eos.clone(),
+            max_tokens: limits.max_tokens,
+        };
+        let mut session = EngineSession::new(&self.engine, sequence);
+        let outcome = run(&mut session, strategy, &request, logits, &mut emit)?;
+        let finish = finish.unwrap_or(match outcome.end {
+            End::Eos => Finish::Stop,
+            End::Length => Finish::Length,
+            End::Cancelled => Finish::Cancelled,
+        });
+        if finish != Finish::Cancelled && !stop.stopped() {
             let rest = stop.finish();
-            let _ = emit(&rest, &mut generation);
+            text.push_str(&rest);
+            if !rest.is_empty() {
+                let _ = on_text(&rest);
+            }
         }
-        generation.elapsed = start.elapsed();
-        Ok(generation)
+        let written = |answer: &Answer| self.written(answer, limits);
+        Ok(Generation {
+            text,
+            choices,
+            finish,
+            elapsed: outcome.stats.elapsed,
+            stats: outcome.stats,
+            answers: outcome.answers.iter().map(written).collect(),
+            pair: (outcome.pair.as_ref())
+                .map(|pair| (written(&pair.chosen), written(&pair.rejected))),
+        })
+    }
+
+    fn written(&self, answer: &Answer, limits: &Limits) -> Written {
+        let mut stream = self.tokenizer.stream();
+        let mut stop = StopStrings::new(&limits.stop);
+        let mut text = String::new();
+        for choice in &answer.choices {
+            if let Some(piece) = stream.push(choice.token) {
+                text.push_str(&stop.push(&piece).0);
+            }
+        }
+        text.push_str(&stop.finish());
+        Written {
+            text,
+            score: answer.score,
+            logprob: answer.logprob,
+        }
     }
 }

@@ -4,7 +4,6 @@
 
 use super::{ContextPolicy, LayerAt, Part, Plan, PolicySpec, Queries};
 use crate::kv::KvStore;
-use longspan_kernels::attention::PAGE;
 use std::io;
 
 /// Tokens of one prefill call: large enough for the matrix kernels, small enough for the caches.
@@ -17,11 +16,8 @@ pub struct Full;
 impl ContextPolicy for Full {
     fn spec(&self) -> PolicySpec {
         PolicySpec {
-            exec_block: None,
-            chunk: CHUNK,
-            raw_keys: false,
-            first_page: PAGE,
             rewinds: true,
+            ..PolicySpec::default()
         }
     }
 

@@ -319,7 +319,7 @@ impl ContextPolicy for InfLlm {
             } else {
                 n_init % PAGE
             },
-            rewinds: false,
+            ..PolicySpec::default()
         }
     }
 

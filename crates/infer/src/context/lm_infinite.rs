@@ -6,7 +6,7 @@
 
 use super::{Angle, ContextPolicy, Keys, LayerAt, Part, Plan, PolicySpec, Queries, Window, full};
 use crate::kv::{KeyForm, KvStore};
-use longspan_kernels::attention::{Mask, PAGE};
+use longspan_kernels::attention::Mask;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::ops::Range;
@@ -124,10 +124,8 @@ impl ContextPolicy for LmInfinite {
         let exec_block = (self.top_k > 0).then_some(full::CHUNK);
         PolicySpec {
             exec_block,
-            chunk: full::CHUNK,
             raw_keys: true,
-            first_page: PAGE,
-            rewinds: false,
+            ..PolicySpec::default()
         }
     }
 

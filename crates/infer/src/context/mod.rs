@@ -4,25 +4,41 @@
 //! A policy never computes attention. It answers with a [`Plan`]; the kernel runs one softmax over
 //! the union of the plan's parts and hands back column sums where asked; the store executes moves.
 //! A policy sees one sequence; batching lives in the engine.
+//!
+//! Every position that a plan names is an index of the store: the token's number in the text, or
+//! its slot for policies that rearrange what they keep.
 
 pub mod full;
+pub mod h2o;
+pub mod hip;
 pub mod infllm;
 pub mod lm_infinite;
 pub mod sinks;
+pub mod sirllm;
+pub mod span;
 mod spec;
+pub mod squeezed;
 pub mod window;
 
 pub use full::Full;
+pub use h2o::{H2o, H2oConfig};
+pub use hip::{Hip, HipConfig};
 pub use infllm::{InfLlm, InfLlmConfig};
 pub use lm_infinite::{LmInfinite, LmInfiniteConfig};
 pub use sinks::{Sinks, SinksConfig};
+pub use sirllm::{SirLlm, SirLlmConfig};
+pub use span::{Span, SpanConfig};
 pub use spec::{ContextConfig, ContextError};
+pub use squeezed::{Squeezed, SqueezedConfig};
 pub use window::{Window, WindowConfig};
 
-use crate::kv::{KeyForm, KvStore};
-use longspan_kernels::attention::Mask;
+use crate::kv::{Gathered, KeyForm, KvStore};
+use crate::wire::{read_u64, write_u64};
+use longspan_kernels::attention::{Mask, PAGE};
+use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The angle of the queries against a part's keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,16 +52,29 @@ pub enum Angle {
 }
 
 /// Token ranges (ascending, disjoint) that a part covers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub enum Keys {
     /// The same for every head.
     Shared(Vec<Range<u64>>),
     /// One list per query head.
     PerQueryHead(Vec<Vec<Range<u64>>>),
+    /// One list per query head, copied to pages of their own; only under [`Mask::All`].
+    Gathered(Arc<Gathered>),
+}
+
+/// At which positions a policy that drops tokens has its keys and queries stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Positions {
+    /// Each token at its number in the text.
+    #[default]
+    Absolute,
+    /// Each token at its slot in the cache.
+    Cache,
 }
 
 /// Keys seen under one rule.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Part {
     /// Which tokens.
     pub keys: Keys,
@@ -80,7 +109,7 @@ impl Part {
 }
 
 /// What one block of queries sees: one softmax runs over the union of the parts.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Plan {
     /// Disjoint in (query, key) pairs after masking, unless the policy says otherwise.
     pub parts: Vec<Part>,
@@ -89,8 +118,8 @@ pub struct Plan {
 /// What a policy needs from the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PolicySpec {
-    /// Most queries that share one plan; None = the whole call. A policy with a limit also gets
-    /// the last token of a prompt as a call of its own.
+    /// Most queries that share one plan, counted from a call's first; None = the whole call. A
+    /// policy with a limit also gets the last token of a prompt as a call of its own.
     pub exec_block: Option<usize>,
     /// Most tokens of one call (a multiple of `exec_block`), bounding activations.
     pub chunk: usize,
@@ -100,6 +129,40 @@ pub struct PolicySpec {
     pub first_page: usize,
     /// True if any earlier length can be returned to without a snapshot.
     pub rewinds: bool,
+    /// Layers are rearranged ([`KvStore::rearrange`]): what the store calls a token is a slot.
+    pub rearranges: bool,
+    /// Where queries and new keys stand.
+    pub positions: Positions,
+    /// [`ContextPolicy::end_call`] wants the logits of every token.
+    pub logits: bool,
+}
+
+impl Default for PolicySpec {
+    /// One plan a call, rotated keys only, whole pages.
+    fn default() -> Self {
+        PolicySpec {
+            exec_block: None,
+            chunk: full::CHUNK,
+            raw_keys: false,
+            first_page: PAGE,
+            rewinds: false,
+            rearranges: false,
+            positions: Positions::Absolute,
+            logits: false,
+        }
+    }
+}
+
+/// A forward pass that is about to begin.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// Its tokens.
+    pub tokens: usize,
+    /// Tokens of the round (a prompt, a turn of a talk) that the call opens. A long round goes on
+    /// in further calls; calls outside of rounds read documents or write answers.
+    pub round: Option<usize>,
+    /// Layers that the policy governs: those without a sliding window of their own.
+    pub layers: &'a [usize],
 }
 
 /// Where a plan applies.
@@ -130,7 +193,9 @@ pub struct Queries<'a> {
     pub num_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Rotates one head [head_dim] to a position.
+    /// Factor of the logits.
+    pub scale: f32,
+    /// Rotates heads [n head_dim] to a position.
     pub rotate: &'a (dyn Fn(u64, &mut [f32]) + Sync),
 }
 
@@ -177,12 +242,78 @@ pub struct PolicyReport {
     pub hits: u64,
     /// Bytes of the policy's own indices.
     pub index_bytes: u64,
+    /// Tokens dropped by choice rather than by age, summed over layers where those choose apart.
+    pub evicted: u64,
+    /// Searches for keys, one for each head and block of queries.
+    pub searches: u64,
+    /// Keys or centroids that were compared with queries in order to choose.
+    pub scored: u64,
+    /// Keys of a fixed prefix that were offered to a choice, and that it took.
+    pub offered: u64,
+    /// See `offered`.
+    pub taken: u64,
+}
+
+/// Writes lists of ranges, for policies' states.
+fn write_lists(out: &mut dyn Write, lists: &[Vec<Range<u64>>]) -> io::Result<()> {
+    write_u64(out, lists.len() as u64)?;
+    for list in lists {
+        write_u64(out, list.len() as u64)?;
+        for range in list {
+            write_u64(out, range.start)?;
+            write_u64(out, range.end)?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads lists of ranges; errors unless each is ascending and disjoint.
+fn read_lists(input: &mut dyn Read) -> io::Result<Vec<Vec<Range<u64>>>> {
+    let mut lists = Vec::new();
+    for _ in 0..read_u64(input)? {
+        let (mut list, mut end) = (Vec::new(), 0);
+        for _ in 0..read_u64(input)? {
+            let range = read_u64(input)?..read_u64(input)?;
+            if range.start < end || range.end <= range.start {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("a list of tokens goes from {end} to {range:?}"),
+                ));
+            }
+            end = range.end;
+            list.push(range);
+        }
+        lists.push(list);
+    }
+    Ok(lists)
 }
 
 /// See the module's text. One object per sequence; it owns indices and scores, never keys.
 pub trait ContextPolicy: Send {
     /// What the policy needs; constant for its life.
     fn spec(&self) -> PolicySpec;
+
+    /// Before a call's first layer. Tokens may be dropped or moved here.
+    fn begin_call(&mut self, _call: &Call<'_>, _store: &mut KvStore) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// After a call, where the spec asks for it: its tokens and their logits [tokens, vocab]; row t
+    /// is about what follows token t.
+    fn end_call(&mut self, _tokens: &[u32], _logits: &[f32]) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// What was read so far is a fixed prefix, of which many questions will be asked: an index of
+    /// it may be made now. `layers` as in [`Call`].
+    fn seal(&mut self, _layers: &[usize], _store: &mut KvStore) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// How many of the `at.queries` queries that are left of a call share the next plan.
+    fn block(&self, at: LayerAt) -> usize {
+        self.spec().exec_block.unwrap_or(at.queries)
+    }
 
     /// Called once per layer and call, before the call's first plan, with all its queries and
     /// after its keys were appended.
@@ -222,6 +353,12 @@ pub trait ContextPolicy: Send {
     /// Restores a saved state. Errors on a state that cannot belong to this policy.
     fn load(&mut self, _input: &mut dyn Read) -> io::Result<()> {
         Ok(())
+    }
+
+    /// Tokens kept by choice, by their numbers in the text, with what each is worth: of all layers
+    /// where they choose together, else of none.
+    fn kept(&self) -> Vec<(u64, f32)> {
+        Vec::new()
     }
 
     /// Counters for people.

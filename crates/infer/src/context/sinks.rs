@@ -5,9 +5,9 @@
 //! InfLLM (arXiv 2402.04617): sinks stand at 0..n_init-1 and a query that has left them behind
 //! stands at n_local + n_init - 1 towards them.
 
-use super::{Angle, ContextPolicy, Keys, LayerAt, Part, Plan, PolicySpec, Queries, Window, full};
+use super::{Angle, ContextPolicy, Keys, LayerAt, Part, Plan, PolicySpec, Queries, Window};
 use crate::kv::{KeyForm, KvStore};
-use longspan_kernels::attention::{Mask, PAGE};
+use longspan_kernels::attention::Mask;
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -46,13 +46,7 @@ impl Sinks {
 
 impl ContextPolicy for Sinks {
     fn spec(&self) -> PolicySpec {
-        PolicySpec {
-            exec_block: None,
-            chunk: full::CHUNK,
-            raw_keys: false,
-            first_page: PAGE,
-            rewinds: false,
-        }
+        PolicySpec::default()
     }
 
     fn plan(&mut self, at: LayerAt, _: &Queries<'_>, _: &mut KvStore) -> io::Result<Plan> {

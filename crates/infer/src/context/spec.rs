@@ -22,6 +22,18 @@ pub enum ContextConfig {
     /// InfLLM.
     #[serde(rename = "infllm")]
     InfLlm(InfLlmConfig),
+    /// SirLLM.
+    #[serde(rename = "sirllm")]
+    SirLlm(SirLlmConfig),
+    /// H2O.
+    #[serde(rename = "h2o")]
+    H2o(H2oConfig),
+    /// Mixed spans.
+    Span(SpanConfig),
+    /// Squeezed Attention.
+    Squeezed(SqueezedConfig),
+    /// HiP.
+    Hip(HipConfig),
 }
 
 /// A configuration that cannot be used. The text names option, value found and what is allowed.
@@ -32,7 +44,7 @@ pub struct ContextError {
     reason: String,
 }
 
-const KNOWN: &str = "full, window:SIZE, sinks:N_INIT,N_LOCAL, lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=...,block=...,topk=...";
+const KNOWN: &str = "full, window:SIZE, sinks:N_INIT,N_LOCAL, lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=...,block=...,topk=..., sirllm:top=...,decay=..., h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE,sinks=..., squeezed:PERCENTILE,LOWER, hip:k=...,window=...,refresh=...";
 
 impl ContextConfig {
     /// Makes the policy for a model with this trained window (tokens).
@@ -71,6 +83,23 @@ impl ContextConfig {
                 Err(reason) => return refuse(reason),
                 Ok(()) => Box::new(InfLlm::new(config, window)),
             },
+            ContextConfig::SirLlm(config) => match config.check(window) {
+                Err(reason) => return refuse(reason),
+                Ok(()) => Box::new(SirLlm::new(config, window)),
+            },
+            ContextConfig::H2o(config) => match config.check(window) {
+                Err(reason) => return refuse(reason),
+                Ok(()) => Box::new(H2o::new(config, window)),
+            },
+            ContextConfig::Span(config) => Box::new(Span::new(config)),
+            ContextConfig::Squeezed(config) => match config.check() {
+                Err(reason) => return refuse(reason),
+                Ok(()) => Box::new(Squeezed::new(config)),
+            },
+            ContextConfig::Hip(config) => match config.check() {
+                Err(reason) => return refuse(reason),
+                Ok(()) => Box::new(Hip::new(config)),
+            },
         })
     }
 
@@ -82,6 +111,11 @@ impl ContextConfig {
             ContextConfig::Sinks(_) => "sinks",
             ContextConfig::LmInfinite(_) => "lm-infinite",
             ContextConfig::InfLlm(_) => "infllm",
+            ContextConfig::SirLlm(_) => "sirllm",
+            ContextConfig::H2o(_) => "h2o",
+            ContextConfig::Span(_) => "span",
+            ContextConfig::Squeezed(_) => "squeezed",
+            ContextConfig::Hip(_) => "hip",
         }
     }
 }
@@ -109,6 +143,21 @@ impl FromStr for ContextConfig {
                 .map_err(wrap),
             "infllm" => parse(parameters, &["n_local"])
                 .map(ContextConfig::InfLlm)
+                .map_err(wrap),
+            "sirllm" => parse(parameters, &["top"])
+                .map(ContextConfig::SirLlm)
+                .map_err(wrap),
+            "h2o" => parse(parameters, &["heavy", "recent"])
+                .map(ContextConfig::H2o)
+                .map_err(wrap),
+            "span" => parse(parameters, &["full", "local"])
+                .map(ContextConfig::Span)
+                .map_err(wrap),
+            "squeezed" => parse(parameters, &["percentile", "lower"])
+                .map(ContextConfig::Squeezed)
+                .map_err(wrap),
+            "hip" => parse(parameters, &["k"])
+                .map(ContextConfig::Hip)
                 .map_err(wrap),
             _ => Err(wrap(format!("unknown policy {name:?}; known: {KNOWN}"))),
         }
@@ -166,6 +215,12 @@ mod tests {
             "sinks:4,100",
             "lm-infinite:512,10,5",
             "infllm:n_local=256,block=32,topk=4,exec_block=128,evict=lru-s",
+            "sirllm:top=252,decay=0.9,entropy=self-shifted",
+            "h2o:64,64,positions=cache",
+            "span:full=every-5,local=block-prev-256,sinks=0",
+            "span:full=3+9,local=window-64",
+            "squeezed:0.9,0.5",
+            "hip:k=1024,window=512,representative=first,prefill=false",
         ] {
             let config: ContextConfig = text.parse().unwrap();
             assert_eq!(
@@ -185,6 +240,9 @@ mod tests {
             ("window:1,2", "has no name"),
             ("infllm:blok=3", "blok"),
             ("infllm:block=3,block=4", "twice"),
+            ("span:local=row-3", "block-prev-SIZE"),
+            ("h2o:positions=far", "absolute"),
+            ("hip:beams=3", "beams"),
         ] {
             let error = text.parse::<ContextConfig>().unwrap_err().to_string();
             assert!(error.contains(word) && error.contains(text), "{error}");

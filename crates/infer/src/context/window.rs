@@ -2,9 +2,9 @@
 //!
 //! The cheapest way past the trained window and the baseline that every other policy must beat.
 
-use super::{ContextPolicy, LayerAt, Part, Plan, PolicySpec, Queries, full};
+use super::{ContextPolicy, LayerAt, Part, Plan, PolicySpec, Queries};
 use crate::kv::KvStore;
-use longspan_kernels::attention::{Mask, PAGE};
+use longspan_kernels::attention::Mask;
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -40,13 +40,7 @@ impl Window {
 
 impl ContextPolicy for Window {
     fn spec(&self) -> PolicySpec {
-        PolicySpec {
-            exec_block: None,
-            chunk: full::CHUNK,
-            raw_keys: false,
-            first_page: PAGE,
-            rewinds: false,
-        }
+        PolicySpec::default()
     }
 
     fn plan(&mut self, at: LayerAt, _: &Queries<'_>, _: &mut KvStore) -> io::Result<Plan> {

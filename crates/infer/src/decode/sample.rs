@@ -1,7 +1,12 @@
-//! The seam of decoding, [`Strategy`], and its two plain forms: the likeliest token, and a draw.
+//! One token after another: the likeliest, or a draw. [`Sampling`] makes a strategy of a [`Sampler`];
+//! others ask the same samplers, so that what they emit is what plain sampling would have.
+
+pub use super::config::parse;
 
 use super::logits::{LogitsPipeline, SamplingConfig, SamplingError, argmax, log_sum_exp, top_k};
 use super::random::CounterRng;
+use super::session::{DecodeSession, Result};
+use super::strategy::{Action, Emit, End, Event, Outcome, Request, Strategy};
 
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,8 +19,11 @@ pub struct Choice {
     pub top: Vec<(u32, f32)>,
 }
 
-/// What comes next, given logits. One value serves one sequence.
-pub trait Strategy: Send {
+/// Which token, given logits. One value serves one sequence.
+pub trait Sampler: Send {
+    /// Starts a sequence whose first `prompt_len` tokens are prompt.
+    fn begin(&mut self, _prompt_len: usize) {}
+
     /// Picks the next token of a sequence from its logits [vocab], given the tokens so far, prompt included.
     fn next(&mut self, logits: &[f32], history: &[u32]) -> Choice;
 }
@@ -50,7 +58,7 @@ pub struct Greedy {
     pub logprobs: Option<usize>,
 }
 
-impl Strategy for Greedy {
+impl Sampler for Greedy {
     fn next(&mut self, logits: &[f32], _history: &[u32]) -> Choice {
         Choice::new(argmax(logits) as u32, logits, self.logprobs)
     }
@@ -69,7 +77,7 @@ impl Sample {
     ///
     /// # Errors
     /// As [`SamplingConfig::validate`].
-    pub fn new(config: SamplingConfig, stream: u64) -> Result<Sample, SamplingError> {
+    pub fn new(config: SamplingConfig, stream: u64) -> std::result::Result<Sample, SamplingError> {
         let random = CounterRng::new(config.seed, stream);
         Ok(Sample {
             pipeline: LogitsPipeline::new(config)?,
@@ -84,13 +92,17 @@ impl Sample {
         self
     }
 
-    /// The distribution that [`Strategy::next`] draws from.
+    /// The distribution that [`Sampler::next`] draws from.
     pub fn distribution(&mut self, logits: &[f32], history: &[u32]) -> Vec<(u32, f32)> {
         self.pipeline.distribution(logits, history)
     }
 }
 
-impl Strategy for Sample {
+impl Sampler for Sample {
+    fn begin(&mut self, prompt_len: usize) {
+        self.pipeline.set_prompt_len(prompt_len);
+    }
+
     fn next(&mut self, logits: &[f32], history: &[u32]) -> Choice {
         let uniform = self.random.uniform(history.len() as u64);
         let token = self.pipeline.draw(logits, history, uniform);
@@ -98,42 +110,130 @@ impl Strategy for Sample {
     }
 }
 
-/// A strategy from `greedy`, `greedy:logprobs=5`, `sample`, or `sample:temperature=0.7,top_p=0.9`.
-///
-/// # Errors
-/// Unknown strategy or option, or a value out of range; the message names it and what is allowed.
-pub fn parse(spec: &str, stream: u64) -> Result<Box<dyn Strategy>, SamplingError> {
-    let (name, options) = spec.split_once(':').unwrap_or((spec, ""));
-    match name.trim() {
-        "greedy" => {
-            let config: SamplingConfig = options.parse()?;
-            let logprobs = config.logprobs;
-            let rest = SamplingConfig {
-                logprobs: None,
-                ..config
-            };
-            if rest != SamplingConfig::default() {
-                return Err(SamplingError::UnknownOption {
-                    found: rest.to_string(),
-                    known: "for greedy, logprobs (for others use sample:temperature=0,...)",
-                });
-            }
-            Ok(Box::new(Greedy { logprobs }))
+/// Plain decoding: one token, one pass.
+pub struct Sampling {
+    sampler: Box<dyn Sampler>,
+    writer: Writer,
+}
+
+impl Sampling {
+    /// Tokens as `sampler` picks them.
+    pub fn new(sampler: Box<dyn Sampler>) -> Sampling {
+        Sampling {
+            sampler,
+            writer: Writer::default(),
         }
-        "sample" => Ok(Box::new(Sample::new(options.parse()?, stream)?)),
-        other => Err(SamplingError::UnknownStrategy {
-            found: other.to_owned(),
-        }),
+    }
+}
+
+impl Strategy for Sampling {
+    fn streams(&self) -> bool {
+        true
+    }
+
+    fn begin(&mut self, session: &mut dyn DecodeSession, request: &Request) -> Result<()> {
+        self.writer = Writer::new(session, request);
+        self.sampler.begin(self.writer.history.len());
+        Ok(())
+    }
+
+    fn next(
+        &mut self,
+        _session: &mut dyn DecodeSession,
+        logits: &[f32],
+        emit: &mut Emit<'_>,
+    ) -> Result<Action> {
+        Ok(match self.writer.write(&mut *self.sampler, logits, emit) {
+            Some(token) => Action::Step(vec![(self.writer.request.seq, token)]),
+            None => Action::Done,
+        })
+    }
+
+    fn finish(&mut self, _session: &mut dyn DecodeSession) -> Result<Outcome> {
+        Ok(self.writer.outcome())
+    }
+}
+
+/// The answer of a strategy that streams: what was emitted, and when to stop.
+pub(crate) struct Writer {
+    pub(crate) request: Request,
+    /// Prompt and answer.
+    pub(crate) history: Vec<u32>,
+    prompt_len: usize,
+    end: End,
+}
+
+impl Default for Writer {
+    fn default() -> Writer {
+        Writer {
+            request: Request {
+                seq: super::session::SeqId(0),
+                eos: Vec::new(),
+                max_tokens: 0,
+            },
+            history: Vec::new(),
+            prompt_len: 0,
+            end: End::Length,
+        }
+    }
+}
+
+impl Writer {
+    pub(crate) fn new(session: &dyn DecodeSession, request: &Request) -> Writer {
+        let history = session.tokens(request.seq).to_vec();
+        Writer {
+            request: request.clone(),
+            prompt_len: history.len(),
+            history,
+            end: End::Length,
+        }
+    }
+
+    /// Tokens written.
+    pub(crate) fn written(&self) -> usize {
+        self.history.len() - self.prompt_len
+    }
+
+    /// Picks and emits a token; None if it was the last one.
+    pub(crate) fn write(
+        &mut self,
+        sampler: &mut dyn Sampler,
+        logits: &[f32],
+        emit: &mut Emit<'_>,
+    ) -> Option<u32> {
+        if self.request.max_tokens == 0 {
+            return None;
+        }
+        let choice = sampler.next(logits, &self.history);
+        let token = choice.token;
+        self.history.push(token);
+        if self.request.eos.contains(&token) {
+            self.end = End::Eos;
+        }
+        if emit(Event::Token(choice)).is_break() {
+            self.end = End::Cancelled;
+        }
+        (self.end == End::Length && self.written() < self.request.max_tokens).then_some(token)
+    }
+
+    pub(crate) fn outcome(&self) -> Outcome {
+        Outcome {
+            end: self.end,
+            ..Outcome::default()
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Strategy;
     use super::*;
     use proptest::prelude::{ProptestConfig, prop, prop_assert, prop_assert_eq, proptest};
 
-    fn draws(strategy: &mut dyn Strategy, count: usize) -> Vec<u32> {
+    fn sampler(options: &str, stream: u64) -> Sample {
+        Sample::new(options.parse().unwrap(), stream).unwrap()
+    }
+
+    fn draws(strategy: &mut dyn Sampler, count: usize) -> Vec<u32> {
         let mut history = vec![5, 6];
         for step in 0..count {
             let logits: Vec<f32> = (0..50)
@@ -147,21 +247,21 @@ mod tests {
 
     #[test]
     fn seeds_and_streams_decide_the_text() {
-        let run = |spec: &str, stream| draws(&mut *parse(spec, stream).unwrap(), 40);
-        assert_eq!(run("sample:seed=1", 0), run("sample:seed=1", 0));
-        assert_ne!(run("sample:seed=1", 0), run("sample:seed=2", 0));
-        assert_ne!(run("sample:seed=1", 0), run("sample:seed=1", 1));
-        assert_eq!(run("greedy", 0), run("sample:temperature=0,seed=9", 3));
-        assert_eq!(run("greedy", 0), run("sample:top_k=1", 0));
+        let run = |options: &str, stream| draws(&mut sampler(options, stream), 40);
+        assert_eq!(run("seed=1", 0), run("seed=1", 0));
+        assert_ne!(run("seed=1", 0), run("seed=2", 0));
+        assert_ne!(run("seed=1", 0), run("seed=1", 1));
+        let greedy = draws(&mut Greedy::default(), 40);
+        assert_eq!(greedy, run("temperature=0,seed=9", 3));
+        assert_eq!(greedy, run("top_k=1", 0));
     }
 
     /// What a strategy that guesses ahead needs: order and repetition of calls do not matter.
     #[test]
     fn a_position_draws_the_same_however_it_is_reached() {
-        let spec = "sample:seed=4,frequency_penalty=0.5,temperature=1.3";
-        let text = draws(&mut *parse(spec, 0).unwrap(), 20);
-        let config = spec.strip_prefix("sample:").unwrap().parse().unwrap();
-        let mut other = Sample::new(config, 0).unwrap().with_prompt_len(2);
+        let options = "seed=4,frequency_penalty=0.5,temperature=1.3";
+        let text = draws(&mut sampler(options, 0), 20);
+        let mut other = sampler(options, 0).with_prompt_len(2);
         for step in (0..20usize).rev().chain([7, 7, 3]) {
             let logits: Vec<f32> = (0..50)
                 .map(|i| ((i * 31 + step * 7) % 23) as f32 / 5.0)
@@ -179,8 +279,8 @@ mod tests {
         /// Log probabilities are those of the untouched logits, whatever the options do.
         #[test]
         fn logprobs_are_a_log_softmax(logits in prop::collection::vec(-20.0f32..20.0, 1..600), count in 0usize..20) {
-            let spec = format!("sample:temperature=0.3,top_k=3,logit_bias=0:50,logprobs={count}");
-            let choice = parse(&spec, 0).unwrap().next(&logits, &[0, 1]);
+            let options = format!("temperature=0.3,top_k=3,logit_bias=0:50,logprobs={count}");
+            let choice = sampler(&options, 0).next(&logits, &[0, 1]);
             let total = logits.iter().map(|&l| f64::from(l).exp()).sum::<f64>().ln();
             let exact = |token: u32| f64::from(logits[token as usize]) - total;
             prop_assert!((f64::from(choice.logprob) - exact(choice.token)).abs() < 1e-4);
@@ -199,17 +299,5 @@ mod tests {
         assert!(choice.logprob.is_nan());
         let certain = Greedy { logprobs: Some(1) }.next(&[f32::NEG_INFINITY, 0.0], &[]);
         assert_eq!((certain.logprob, certain.top), (0.0, vec![(1, 0.0)]));
-    }
-
-    #[test]
-    fn unknown_words_are_named() {
-        let fails = |spec: &str| match parse(spec, 0) {
-            Ok(_) => panic!("{spec} was accepted"),
-            Err(error) => error.to_string(),
-        };
-        assert!(fails("greed").contains("unknown decoding strategy `greed`"));
-        assert!(fails("sample:heat=1").contains("`heat=1`"));
-        assert!(fails("greedy:top_p=0.5").contains("top_p=0.5"));
-        assert!(fails("sample:top_p=7").contains("option `top_p`: 7 found"));
     }
 }

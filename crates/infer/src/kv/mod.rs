@@ -3,11 +3,16 @@
 //! A page holds [`PAGE`] tokens of one layer in up to three planes: keys rotated at their true
 //! positions, un-rotated keys (for policies that attend at other angles), and values. Pages are
 //! reference-counted, so a fork copies page tables only; a shared page is copied before it is
-//! written. Tokens keep their absolute index for life. Policies move, release and drop pages.
+//! written. Policies move, release and drop pages; tokens keep their absolute index for life,
+//! unless a policy rearranges them: then what is called a token here is a slot.
 
+pub mod gather;
 pub mod plane;
 
+pub use gather::Gathered;
+
 use longspan_kernels::attention::{KvLayout, PAGE, Tile};
+use longspan_kernels::slots::Run;
 use plane::{AlignedBytes, Plane, TierFile};
 use std::io;
 use std::ops::Range;
@@ -44,6 +49,8 @@ impl Page {
 pub(crate) struct LayerPages {
     pub(crate) len: u64,
     pub(crate) pages: Vec<Page>,
+    /// Rotated keys from this slot on stand at other angles than their slots.
+    pub(crate) stale_from: Option<u64>,
 }
 
 /// Bytes held, by place.
@@ -108,7 +115,7 @@ impl KvStore {
         self.first_page
     }
 
-    /// Tokens appended to a layer, dropped ones included.
+    /// Tokens appended to a layer, dropped ones included; slots in use where a policy rearranges.
     pub fn len(&self, layer: usize) -> u64 {
         self.layers[layer].len
     }
@@ -119,7 +126,7 @@ impl KvStore {
     }
 
     /// Page and slot of a token.
-    fn place(&self, token: u64) -> (usize, usize) {
+    pub fn place(&self, token: u64) -> (usize, usize) {
         let first = self.first_page as u64;
         if token < first {
             (0, token as usize)
@@ -255,6 +262,26 @@ impl KvStore {
         Ok(tiles)
     }
 
+    /// K planes of the pages that hold tokens 0..end; a dropped page's is empty. Errors if a plane
+    /// fails its checksum.
+    pub fn key_planes(&self, layer: usize, end: u64, form: KeyForm) -> io::Result<Vec<&[u8]>> {
+        let count = end.checked_sub(1).map_or(0, |last| self.place(last).0 + 1);
+        let pages = self.layers[layer].pages.iter().take(count);
+        pages
+            .map(|page| {
+                let plane = match form {
+                    KeyForm::Rotated => &page.rotated,
+                    KeyForm::Raw => &page.raw,
+                };
+                let Some(plane) = plane else {
+                    return Ok(&[][..]);
+                };
+                plane.verify()?;
+                Ok(plane.bytes())
+            })
+            .collect()
+    }
+
     /// Copies the un-rotated key of one token and head to `out` [head_dim].
     pub fn raw_key(
         &self,
@@ -335,13 +362,114 @@ impl KvStore {
         Ok(())
     }
 
-    /// Re-rotates every cached key after the rotary basis changed: `rotate(token, key)` turns a
-    /// raw key [head_dim] into a rotated one. Needs raw keys.
-    pub fn rerotate(&mut self, layer: usize, rotate: impl Fn(u64, &mut [f32])) -> io::Result<()> {
+    /// Rearranges a layer: slot s of kv head h holds from now on what slot `order[h][s]` held, and
+    /// slots past the lists' common length are free. With `renumber` the rotated keys of moved
+    /// slots are then turned to the angles of their new slots (see [`KvStore::refresh`]).
+    pub fn rearrange(
+        &mut self,
+        layer: usize,
+        order: &[Vec<u64>],
+        renumber: bool,
+    ) -> io::Result<()> {
+        let (layout, bytes) = (self.layout, self.layout.plane_bytes());
+        let len = order.first().map_or(0, Vec::len);
+        assert!(
+            order.len() == layout.num_kv_heads && order.iter().all(|list| list.len() == len),
+            "one list of {len} slots for each of {} kv heads",
+            layout.num_kv_heads
+        );
+        let before = self.layers[layer].pages.clone();
+        let mut pages = before.clone();
+        pages.truncate(if len == 0 {
+            0
+        } else {
+            self.place(len as u64 - 1).0 + 1
+        });
+        let mut first_moved = len;
+        for (head, list) in order.iter().enumerate() {
+            let section = layout.section(head);
+            let mut slot = 0;
+            while slot < len {
+                if list[slot] == slot as u64 {
+                    slot += 1;
+                    continue;
+                }
+                first_moved = first_moved.min(slot);
+                let ((from_page, from), (to_page, to)) =
+                    (self.place(list[slot]), self.place(slot as u64));
+                let room = (self.tokens_of(from_page).end - list[slot])
+                    .min(self.tokens_of(to_page).end - slot as u64);
+                let follows = (slot + 1..len.min(slot + room as usize))
+                    .take_while(|&next| list[next] == list[slot] + (next - slot) as u64);
+                let run = Run {
+                    from,
+                    to,
+                    count: 1 + follows.count(),
+                };
+                let Some(source) = before.get(from_page) else {
+                    return Err(io::Error::other(format!(
+                        "layer {layer}: slot {} is moved but was never filled",
+                        list[slot]
+                    )));
+                };
+                let target = &mut pages[to_page];
+                let key_planes = [
+                    (&source.rotated, &mut target.rotated),
+                    (&source.raw, &mut target.raw),
+                ];
+                for (from, to) in key_planes {
+                    if let Some(from) = from {
+                        from.verify()?;
+                        layout.copy_keys(
+                            &from.bytes()[section.clone()],
+                            &mut writable(to, bytes)[section.clone()],
+                            run,
+                        );
+                    }
+                }
+                if let Some(from) = &source.value {
+                    from.verify()?;
+                    layout.copy_values(
+                        &from.bytes()[section.clone()],
+                        &mut writable(&mut target.value, bytes)[section.clone()],
+                        run,
+                    );
+                }
+                slot += run.count;
+            }
+        }
+        let layer = &mut self.layers[layer];
+        layer.pages = pages;
+        layer.len = len as u64;
+        if renumber && first_moved < len {
+            let first = first_moved as u64;
+            layer.stale_from = Some(layer.stale_from.map_or(first, |stale| stale.min(first)));
+        }
+        Ok(())
+    }
+
+    /// Turns rotated keys that [`KvStore::rearrange`] moved to the angles of their slots:
+    /// `rotate(slot, keys)` turns raw keys [num_kv_heads head_dim]. Needs raw keys.
+    pub fn refresh(&mut self, layer: usize, rotate: impl Fn(u64, &mut [f32])) -> io::Result<()> {
+        match self.layers[layer].stale_from.take() {
+            Some(first) => self.rerotate(layer, first, rotate),
+            None => Ok(()),
+        }
+    }
+
+    /// Re-rotates every cached key of the pages from token `first` on, after its angle changed:
+    /// `rotate(token, keys)` turns raw keys [num_kv_heads head_dim] into rotated ones. Needs raw
+    /// keys.
+    pub fn rerotate(
+        &mut self,
+        layer: usize,
+        first: u64,
+        rotate: impl Fn(u64, &mut [f32]),
+    ) -> io::Result<()> {
         let (layout, bytes) = (self.layout, self.layout.plane_bytes());
         let width = layout.num_kv_heads * layout.head_dim;
         let mut rows = Vec::new();
-        for index in 0..self.layers[layer].pages.len() {
+        for index in self.place(first).0..self.layers[layer].pages.len() {
             let tokens = self.tokens_of(index);
             let end = tokens.end.min(self.layers[layer].len);
             let page = &mut self.layers[layer].pages[index];
@@ -353,8 +481,8 @@ impl KvStore {
             for (slot, row) in rows.chunks_exact_mut(width).enumerate() {
                 for (head, key) in row.chunks_exact_mut(layout.head_dim).enumerate() {
                     layout.read_key(raw.bytes(), head, slot, key);
-                    rotate(tokens.start + slot as u64, key);
                 }
+                rotate(tokens.start + slot as u64, row);
             }
             layout.write_keys(writable(&mut page.rotated, bytes), 0, &rows, width);
         }
@@ -428,7 +556,7 @@ impl<'a> Rows<'a> {
 /// The bytes of a plane for writing: on the heap and not shared, copied if need be.
 fn writable(plane: &mut Option<Arc<Plane>>, bytes: usize) -> &mut [u8] {
     let plane = plane.get_or_insert_with(|| Arc::new(Plane::heap(bytes)));
-    if plane.is_mapped() || Arc::get_mut(plane).is_none() {
+    if !matches!(**plane, Plane::Heap(_)) || Arc::get_mut(plane).is_none() {
         *plane = Arc::new(Plane::Heap(AlignedBytes::copy_of(plane.bytes())));
     }
     match Arc::get_mut(plane) {

@@ -5,7 +5,7 @@
 //! here is whole, differentiable and runs on any candle device.
 
 use crate::config::ModelConfig;
-use crate::position::{Frequencies, RopeBasis};
+use crate::position::{Frequencies, LayerRopes};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 /// Attention of one layer over all sequences of a forward pass.
@@ -21,29 +21,11 @@ pub trait Attend {
     ) -> Result<Tensor>;
 }
 
-/// The rotary bases of a model, one per entry of `config.rope`.
-pub fn rope_bases(config: &ModelConfig) -> Result<Vec<RopeBasis>> {
-    config
-        .rope
-        .iter()
-        .map(|spec| {
-            let basis = RopeBasis::from_hf(
-                &spec.parameters,
-                config.head_dim,
-                spec.max_position_embeddings,
-            )?;
-            match &spec.freq_factors {
-                Some(factors) => basis.with_freq_factors(factors),
-                None => Ok(basis),
-            }
-        })
-        .collect::<std::result::Result<_, _>>()
-        .map_err(candle_core::Error::wrap)
-}
-
 /// Softmax attention, causal inside each document, by candle ops: the training and CUDA path.
 pub struct CausalAttention<'a> {
     config: &'a ModelConfig,
+    /// The model's own rotary bases, or those set in their place.
+    ropes: LayerRopes,
     /// Document lengths of the flat tokens; they sum to the number of tokens of a call.
     lengths: Vec<usize>,
     /// cos and sin of each rotary basis for the call's tokens: [tokens, rotary_dim / 2].
@@ -65,9 +47,11 @@ impl<'a> CausalAttention<'a> {
         let restarting: Vec<usize> = lengths.iter().flat_map(|&length| 0..length).collect();
         let positions = positions.unwrap_or(&restarting);
         let seq_len = positions.iter().max().map(|last| last + 1);
-        let tables = rope_tables(config, positions, seq_len, dtype, device)?;
+        let ropes = LayerRopes::new(config).map_err(candle_core::Error::wrap)?;
+        let tables = rope_tables(&ropes, positions, seq_len, dtype, device)?;
         Ok(CausalAttention {
             config,
+            ropes,
             lengths: lengths.to_vec(),
             tables,
             cache: None,
@@ -82,15 +66,30 @@ impl<'a> CausalAttention<'a> {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
+        let ropes = LayerRopes::new(config).map_err(candle_core::Error::wrap)?;
+        Self::cached_with(config, ropes, tokens, cache, dtype, device)
+    }
+
+    /// As [`cached`](Self::cached), with other rotary bases than the model's own. Keys stay in the cache at
+    /// the angles they were read at, as transformers leaves them.
+    pub fn cached_with(
+        config: &'a ModelConfig,
+        ropes: LayerRopes,
+        tokens: usize,
+        cache: &'a mut Vec<Option<(Tensor, Tensor)>>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         cache.resize(config.num_layers, None);
         let past = match &cache[0] {
             Some((key, _)) => key.dim(1)?,
             None => 0,
         };
         let positions: Vec<usize> = (past..past + tokens).collect();
-        let tables = rope_tables(config, &positions, Some(past + tokens), dtype, device)?;
+        let tables = rope_tables(&ropes, &positions, Some(past + tokens), dtype, device)?;
         Ok(CausalAttention {
             config,
+            ropes,
             lengths: vec![tokens],
             tables,
             cache: Some(cache),
@@ -99,18 +98,20 @@ impl<'a> CausalAttention<'a> {
 }
 
 fn rope_tables(
-    config: &ModelConfig,
+    ropes: &LayerRopes,
     positions: &[usize],
     seq_len: Option<usize>,
     dtype: DType,
     device: &Device,
 ) -> Result<Vec<(Tensor, Tensor)>> {
-    rope_bases(config)?
+    ropes
+        .bases()
         .iter()
         .map(|basis| {
             let Frequencies {
                 inv_freq,
                 attention_factor,
+                ..
             } = basis.frequencies(seq_len);
             let angles = positions
                 .iter()
@@ -174,7 +175,7 @@ impl Attend for CausalAttention<'_> {
             split(key, c.num_kv_heads)?,
             split(value, c.num_kv_heads)?,
         );
-        if let Some(rope) = c.layers[layer].rope {
+        if let Some(rope) = self.ropes.of_layer(layer) {
             let (cos, sin) = &self.tables[rope];
             query = rotate(&query, cos, sin)?;
             key = rotate(&key, cos, sin)?;

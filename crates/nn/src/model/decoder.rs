@@ -197,6 +197,11 @@ impl Decoder {
         }
     }
 
+    /// Rows of the input embedding, as stored (without the scale that some models apply): [tokens, hidden].
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        self.embedding.forward(ids)
+    }
+
     /// ids of all sequences, flat, to the residual stream after the last layer: [tokens, hidden].
     pub fn hidden(&self, ids: &[u32], attend: &mut dyn Attend) -> Result<Tensor> {
         if let Some(id) = ids

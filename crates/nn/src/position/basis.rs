@@ -7,7 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::RopeError;
+use super::clex::ClexTable;
+use super::{RopeError, XPos};
 
 /// What a basis yields for one sequence length.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +17,35 @@ pub struct Frequencies {
     pub inv_freq: Vec<f32>,
     /// Factor on cosines and sines alike; attention logits scale by its square.
     pub attention_factor: f64,
+    /// A further factor on queries only; 1 for all rules but CLEX with its `log_scale`.
+    pub query_factor: f64,
+    /// xPos: tokens over which pair j decays by `zeta_j`. Queries grow by `zeta_j^(p / scale_base)`, keys
+    /// by one over it, so that a key at position 0 is the un-rotated key.
+    pub scale_base: Option<f64>,
+}
+
+impl Frequencies {
+    /// Frequencies without factors. `[rotary_dim / 2]`
+    pub fn plain(inv_freq: Vec<f32>) -> Self {
+        Frequencies {
+            inv_freq,
+            attention_factor: 1.0,
+            query_factor: 1.0,
+            scale_base: None,
+        }
+    }
+
+    /// Whether keys are turned and scaled exactly as queries are.
+    pub fn keys_are_as_queries(&self) -> bool {
+        self.query_factor == 1.0 && self.scale_base.is_none()
+    }
+
+    /// Whether a key rotated by one stands where a key rotated by the other does.
+    pub fn same_keys(&self, other: &Frequencies) -> bool {
+        self.inv_freq == other.inv_freq
+            && self.attention_factor == other.attention_factor
+            && self.scale_base == other.scale_base
+    }
 }
 
 /// The hyper-parameters of YaRN, under the names of the checkpoint format.
@@ -106,6 +136,8 @@ pub enum RopeScaling {
         /// Window of the training before the stretch, tokens.
         original_max_position_embeddings: usize,
     },
+    /// CLEX: frequencies learned per multiple of the training window, computed once.
+    Clex(ClexTable),
 }
 
 /// How a model rotates its queries and keys: base, rotated coordinates, rule.
@@ -121,6 +153,8 @@ pub struct RopeBasis {
     /// Divisors of the plain frequencies, as stored beside the weights in GGUF files.
     pub(super) freq_factors: Option<Vec<f32>>,
     pub(super) scaling: RopeScaling,
+    /// xPos on top of the rule: see [`Frequencies::scale_base`].
+    pub(super) scale_base: Option<f64>,
 }
 
 /// The fields of a basis as read from outside, before anyone looked at them.
@@ -132,6 +166,8 @@ struct Unchecked {
     max_position_embeddings: usize,
     freq_factors: Option<Vec<f32>>,
     scaling: RopeScaling,
+    #[serde(default)]
+    scale_base: Option<f64>,
 }
 
 impl TryFrom<Unchecked> for RopeBasis {
@@ -147,6 +183,9 @@ impl TryFrom<Unchecked> for RopeBasis {
         if let Some(factors) = fields.freq_factors {
             check_factors("freq_factors", &factors, basis.pairs())?;
             basis.freq_factors = Some(factors);
+        }
+        if let Some(scale_base) = fields.scale_base {
+            basis = basis.with_xpos(scale_base)?;
         }
         basis.with_scaling(fields.scaling)
     }
@@ -181,7 +220,15 @@ impl RopeBasis {
             max_position_embeddings,
             freq_factors: None,
             scaling: RopeScaling::Default,
+            scale_base: None,
         })
+    }
+
+    /// Adds the decay of xPos: pair j loses a factor `zeta_j` over every `scale_base` tokens of distance.
+    pub fn with_xpos(mut self, scale_base: f64) -> Result<Self, RopeError> {
+        positive("scale_base", scale_base)?;
+        self.scale_base = Some(scale_base);
+        Ok(self)
     }
 
     /// Lets only the first `moving_pairs` pairs rotate; the others keep their place with frequency 0.
@@ -201,6 +248,7 @@ impl RopeBasis {
     pub fn with_scaling(mut self, scaling: RopeScaling) -> Result<Self, RopeError> {
         match &scaling {
             RopeScaling::Default => {}
+            RopeScaling::Clex(table) => table.check(self.pairs())?,
             RopeScaling::Composed {
                 linear,
                 power,
@@ -301,6 +349,56 @@ impl RopeBasis {
         Ok(self)
     }
 
+    /// The longest text that the rule is made for, tokens: the window times what it is stretched by.
+    /// Rules that state no stretch (another base, power, truncated) leave the window as it is.
+    pub fn stretched_window(&self) -> usize {
+        let window = self.max_position_embeddings;
+        let times = |tokens: usize, factor: f64| (tokens as f64 * factor.max(1.0)) as usize;
+        match &self.scaling {
+            RopeScaling::Default | RopeScaling::LongRope { .. } => window,
+            RopeScaling::Composed { linear, .. } => times(window, *linear),
+            RopeScaling::Ntk { factor } | RopeScaling::Dynamic { factor } => times(window, *factor),
+            RopeScaling::Yarn(yarn) => times(yarn.original_max_position_embeddings, yarn.factor),
+            RopeScaling::Llama3 {
+                factor,
+                original_max_position_embeddings,
+                ..
+            } => times(*original_max_position_embeddings, *factor),
+            RopeScaling::Clex(table) => table.longest(),
+        }
+    }
+
+    /// Refuses texts that the rule cannot express: past the last frequencies of CLEX, or where the
+    /// factors of xPos leave the range of 16- and 32-bit numbers.
+    pub fn check_length(&self, tokens: usize) -> Result<(), RopeError> {
+        let too_long = |longest: usize, why: String| {
+            if tokens <= longest {
+                return Ok(());
+            }
+            Err(RopeError::TooLong {
+                tokens,
+                longest,
+                why,
+            })
+        };
+        if let RopeScaling::Clex(table) = &self.scaling {
+            let why = format!(
+                "CLEX has frequencies for up to {} windows of {} tokens",
+                table.frequencies.len(),
+                table.window
+            );
+            too_long(table.longest(), why)?;
+        }
+        if let Some(scale_base) = self.scale_base {
+            // The first pair decays most; 2^100 leaves 2^27 for the values themselves.
+            let zeta = XPos::zeta(self.pairs())[0];
+            let longest = (100.0 * scale_base / -zeta.log2()) as usize;
+            let why = format!("xPos with scale_base {scale_base} grows keys past what f32 holds");
+            too_long(longest, why)?;
+        }
+        Ok(())
+    }
+
     /// Divides the plain frequencies by `factors` `[rotary_dim / 2]`, the tensor `rope_freqs.weight`
     /// of a GGUF file. Trailing factors of 1e9 and more mean pairs that do not rotate; these belong to
     /// the model and survive an override of the rule, the others do not.
@@ -328,6 +426,11 @@ impl RopeBasis {
         self.rope_theta
     }
 
+    /// The decay of xPos, tokens, if there is one.
+    pub fn scale_base(&self) -> Option<f64> {
+        self.scale_base
+    }
+
     /// The window the checkpoint states, tokens.
     pub fn max_position_embeddings(&self) -> usize {
         self.max_position_embeddings
@@ -343,7 +446,7 @@ impl RopeBasis {
     pub fn depends_on_length(&self) -> bool {
         matches!(
             self.scaling,
-            RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. }
+            RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. } | RopeScaling::Clex(_)
         )
     }
 
@@ -351,7 +454,7 @@ impl RopeBasis {
     /// those for sequences within the training window.
     pub fn frequencies(&self, seq_len: Option<usize>) -> Frequencies {
         let dim = self.rotary_dim;
-        let mut attention_factor = 1.0;
+        let (mut attention_factor, mut query_factor) = (1.0, 1.0);
         let mut inv_freq = match &self.scaling {
             RopeScaling::Default => self.plain(self.rope_theta),
             RopeScaling::Composed {
@@ -419,11 +522,17 @@ impl RopeBasis {
                 }
                 inv_freq
             }
+            RopeScaling::Clex(table) => {
+                query_factor = table.query_factor(seq_len);
+                table.row(seq_len).to_vec()
+            }
         };
         inv_freq[self.moving_pairs..].fill(0.0);
         Frequencies {
             inv_freq,
             attention_factor,
+            query_factor,
+            scale_base: self.scale_base,
         }
     }
 
@@ -449,7 +558,7 @@ impl RopeBasis {
     }
 
     /// The plain frequencies of `base`. `[rotary_dim / 2]`
-    fn plain(&self, base: f64) -> Vec<f32> {
+    pub(super) fn plain(&self, base: f64) -> Vec<f32> {
         let mut inv_freq = self.wavelengths(base);
         for value in &mut inv_freq {
             *value = 1.0 / *value;

@@ -55,6 +55,13 @@ impl RopeBasis {
             });
         }
 
+        if rope_type == "clex" {
+            return Err(RopeError::Unsupported {
+                what: "rope_type `clex` without its weights".into(),
+                why: "its frequencies come from tensors beside the model; give --rope clex:FOLDER"
+                    .into(),
+            });
+        }
         let theta = dict.number("rope_theta")?.unwrap_or(DEFAULT_THETA);
         let share = dict.number("partial_rotary_factor")?.unwrap_or(1.0);
         if !(share > 0.0 && share <= 1.0) {

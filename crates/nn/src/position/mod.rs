@@ -3,11 +3,16 @@
 //! [`RopeBasis`] answers one question, "at which angle does position `p` sit?", for every rule found in
 //! published checkpoints and for those that stretch a model past its training length. It yields
 //! [`Frequencies`]; [`RopeTable`] turns those into cosines and sines, and [`rotate`] applies them.
-//! Positions drawn at random for training are in [`randomized`], the decaying variant xPos in [`xpos`].
+//! [`RopeOverride`] sets another rule on a checkpoint, [`LayerRopes`] says which layers it applies to.
+//! Positions drawn at random for training are in [`randomized`], the decaying variant xPos in [`xpos`],
+//! frequencies learned over length in [`clex`], and biases in place of rotations in [`alibi`].
 
+pub mod alibi;
 mod angle;
 mod basis;
+pub mod clex;
 mod hf;
+mod layers;
 mod parse;
 pub mod randomized;
 mod table;
@@ -15,7 +20,8 @@ pub mod xpos;
 
 pub use basis::{Frequencies, RopeBasis, RopeScaling, YarnParameters};
 pub use hf::KNOWN_ROPE_TYPES;
-pub use parse::{KNOWN_OVERRIDES, OVERRIDE_HELP};
+pub use layers::LayerRopes;
+pub use parse::{KNOWN_OVERRIDES, OVERRIDE_HELP, RopeOverride, RopeTerm};
 pub use table::{RopeLayout, RopeTable, rotate};
 pub use xpos::XPos;
 
@@ -47,6 +53,24 @@ pub enum RopeError {
         found: String,
         /// What would have been accepted.
         expected: String,
+    },
+    /// The rule has no angles for a text of this length.
+    #[error("a text of {tokens} tokens is too long: {why}; at most {longest} tokens")]
+    TooLong {
+        /// Tokens of the text.
+        tokens: usize,
+        /// The longest text it can be used for.
+        longest: usize,
+        /// What sets the limit.
+        why: String,
+    },
+    /// A file that a rule needs cannot be used.
+    #[error("{}: {problem}", path.display())]
+    File {
+        /// The file or folder.
+        path: std::path::PathBuf,
+        /// What is wrong with it, and what was expected.
+        problem: String,
     },
     /// An override given on the command line does not parse.
     #[error("--rope `{text}`: {problem}; known are: {known}")]

@@ -3,7 +3,7 @@
 //! Angles are formed in f64 from the f32 frequencies: the frequencies are what a model was trained with,
 //! while an f32 angle would lose whole turns at the positions this program is for.
 
-use super::{Frequencies, angle};
+use super::{Frequencies, XPos, angle};
 
 /// How the coordinates of a head pair up.
 ///
@@ -87,8 +87,34 @@ impl RopeTable {
     /// Computes the row of any position, whole or not, near or far: `cos` and `sin` are
     /// `[rotary_dim / 2]`.
     pub fn compute_row(frequencies: &Frequencies, position: f64, cos: &mut [f32], sin: &mut [f32]) {
+        let factor = frequencies.attention_factor * frequencies.query_factor;
+        angle::cos_sin(&frequencies.inv_freq, position, factor, cos, sin);
+        decay(frequencies, position, cos, sin);
+    }
+
+    /// As [`compute_row`](Self::compute_row), for keys: without the factor on queries, and with the decay of
+    /// xPos turned round. Most rules have neither, and one row serves both.
+    pub fn compute_key_row(
+        frequencies: &Frequencies,
+        position: f64,
+        cos: &mut [f32],
+        sin: &mut [f32],
+    ) {
         let factor = frequencies.attention_factor;
         angle::cos_sin(&frequencies.inv_freq, position, factor, cos, sin);
+        decay(frequencies, -position, cos, sin);
+    }
+}
+
+/// The factors `zeta_j^(position / scale_base)` of xPos, if there are any.
+fn decay(frequencies: &Frequencies, position: f64, cos: &mut [f32], sin: &mut [f32]) {
+    let Some(scale_base) = frequencies.scale_base else {
+        return;
+    };
+    for ((zeta, cos), sin) in XPos::zeta(cos.len()).iter().zip(cos).zip(sin) {
+        let factor = zeta.powf(position / scale_base) as f32;
+        *cos *= factor;
+        *sin *= factor;
     }
 }
 

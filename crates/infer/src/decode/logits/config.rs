@@ -63,10 +63,6 @@ pub enum SamplingError {
     UnknownOption { found: String, known: &'static str },
     #[error("option `logit_bias`: token {token} found, a vocabulary of {vocab_size} tokens has 0 to {}", vocab_size.saturating_sub(1))]
     UnknownToken { token: u32, vocab_size: usize },
-    #[error(
-        "unknown decoding strategy `{found}`; greedy or sample expected, with options as in sample:temperature=0.7,top_p=0.9"
-    )]
-    UnknownStrategy { found: String },
 }
 
 const OPTIONS: &str = "temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed, logit_bias (as ID:BIAS;ID:BIAS) or logprobs";

@@ -1,0 +1,95 @@
+//! Long-document perplexity: windows, negative log-likelihoods under each protocol, and figures
+//! over documents. For comparing models, policies and lengths (paper 58).
+//!
+//! Logits exist for one piece of [`PIECE`] tokens at a time, whatever the text's length.
+
+mod figures;
+mod plan;
+
+pub use figures::{Figures, bucket_edges, by_position, figures};
+pub use plan::{Window, fixed, scored, sliding, windows};
+
+use crate::error::{EvalError, Result};
+use crate::task::Protocol;
+use longspan_infer::engine::Want;
+use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
+
+/// Tokens whose logits are held at a time.
+pub const PIECE: usize = 128;
+
+/// Negative log-likelihood in nats of each of `tokens`; None = not scored by the protocol. `bos`
+/// (none or one token) stands before every window, whose first token is then scored too. Under
+/// [`Protocol::Position`] the text is one sequence under the engine's policy; in the windowed
+/// protocols each window is a sequence of its own. `go_on` is asked after each piece.
+///
+/// # Errors
+/// The engine's, and a likelihood that is no number, with its position.
+pub fn nll(
+    engine: &Engine,
+    options: &EngineOptions,
+    bos: &[u32],
+    tokens: &[u32],
+    protocol: Protocol,
+    go_on: &mut dyn FnMut(&Sequence) -> bool,
+) -> Result<Vec<Option<f32>>> {
+    let mut all = vec![None; tokens.len()];
+    let fail = |error: EngineError| EvalError::Target(error.to_string());
+    let vocab = engine.model().config().vocab_size;
+    for window in windows(tokens.len(), protocol, bos.len())? {
+        let (begin, end) = (window.begin, window.end);
+        let first = end - window.take;
+        let input: Vec<u32> = bos.iter().chain(&tokens[begin..end]).copied().collect();
+        let mut sequence = engine.sequence(options, None).map_err(fail)?;
+        let piece = match sequence.spec().exec_block {
+            Some(block) => block.max(PIECE / block * block),
+            None => PIECE,
+        };
+        let mut at = 0;
+        // The last token predicts nothing that is scored.
+        let input = &input[..input.len() - 1];
+        for part in input.chunks(piece) {
+            // The row of input token i predicts the text's token begin + i + 1 - bos.
+            let last = begin + at + part.len() - bos.len();
+            let want = if window.take == 0 || last < first {
+                Want::Nothing
+            } else if last == first {
+                Want::Last
+            } else {
+                Want::All
+            };
+            let logits = engine
+                .forward(&mut [(&mut sequence, part)], want)
+                .map_err(fail)?;
+            let offset = if want == Want::Last {
+                part.len() - 1
+            } else {
+                0
+            };
+            for (row, logits) in logits.chunks_exact(vocab).enumerate() {
+                let target = begin + at + offset + row + 1 - bos.len();
+                if target < first || target >= end {
+                    continue;
+                }
+                let loss = log_sum_exp(logits) - logits[tokens[target] as usize] as f64;
+                if !loss.is_finite() {
+                    return Err(EvalError::Target(format!(
+                        "the likelihood of token {target} is {loss}"
+                    )));
+                }
+                all[target] = Some(loss.max(0.0) as f32);
+            }
+            at += part.len();
+            if !go_on(&sequence) {
+                return Err(EvalError::Interrupted { done: 0, total: 0 });
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// ln Σ exp in f32 with the maximum taken out and the sum in f64.
+fn log_sum_exp(row: &[f32]) -> f64 {
+    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|&x| f64::from((x - top).exp())).sum();
+    f64::from(top) + sum.ln()
+}
