@@ -10,7 +10,7 @@ use crate::engine::{Engine, EngineError, EngineOptions, Result, Sequence};
 use crate::kv::plane::TierFile;
 use crate::kv::{LayerPages, Page};
 use crate::wire::{read_bytes, read_u64, write_bytes, write_u64};
-use longspan_kernels::attention::KvDtype;
+use longspan_kernels::attention::{KvDtype, PAGE};
 use longspan_nn::position::RopeOverride;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -318,6 +318,11 @@ impl SessionDir {
         }
         let plane_bytes = store.layout().plane_bytes();
         let mut input = tables;
+        let first = header.first_page as u64;
+        let pages_of = |tokens: u64| match tokens {
+            0 => 0,
+            _ => 1 + tokens.saturating_sub(first).div_ceil(PAGE as u64) as usize,
+        };
         for layer in &mut sequence.store.layers {
             *layer = read_layer(
                 &mut input,
@@ -327,6 +332,12 @@ impl SessionDir {
                 &hot,
             )
             .map_err(|error| named(&path, error))?;
+            if layer.pages.len() < pages_of(layer.len) {
+                let (len, pages) = (layer.len, layer.pages.len());
+                let what = format!("a layer has {len} tokens on {pages} pages, which hold fewer");
+                let error = io::Error::new(io::ErrorKind::InvalidData, what);
+                return Err(named(&path, error).into());
+            }
         }
         let rearranges = sequence.policy.spec().rearranges;
         for (index, layer) in sequence.store.layers.iter().enumerate() {
