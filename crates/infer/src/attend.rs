@@ -82,9 +82,12 @@ fn rotate_rows(
     });
 }
 
-/// Rotates heads [n head_dim] to one position.
-pub(crate) fn rotate_to(
+/// Fills cos and sin rows for one position.
+type ComputeRow = fn(&Frequencies, f64, &mut [f32], &mut [f32]);
+
+fn rotate_heads(
     rope: Option<&Frequencies>,
+    compute_row: ComputeRow,
     position: u64,
     head_dim: usize,
     heads: &mut [f32],
@@ -93,10 +96,20 @@ pub(crate) fn rotate_to(
     let half = rope.inv_freq.len();
     let mut row = vec![0f32; 2 * half];
     let (cos, sin) = row.split_at_mut(half);
-    RopeTable::compute_row(rope, position as f64, cos, sin);
+    compute_row(rope, position as f64, cos, sin);
     heads
         .chunks_exact_mut(head_dim)
         .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+}
+
+/// Rotates heads [n head_dim] of queries to one position.
+pub(crate) fn rotate_to(
+    rope: Option<&Frequencies>,
+    position: u64,
+    head_dim: usize,
+    heads: &mut [f32],
+) {
+    rotate_heads(rope, RopeTable::compute_row, position, head_dim, heads);
 }
 
 /// Rotates cached keys [n head_dim] to one position.
@@ -106,14 +119,7 @@ pub(crate) fn rotate_key_to(
     head_dim: usize,
     heads: &mut [f32],
 ) {
-    let Some(rope) = rope else { return };
-    let half = rope.inv_freq.len();
-    let mut row = vec![0f32; 2 * half];
-    let (cos, sin) = row.split_at_mut(half);
-    RopeTable::compute_key_row(rope, position as f64, cos, sin);
-    heads
-        .chunks_exact_mut(head_dim)
-        .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+    rotate_heads(rope, RopeTable::compute_key_row, position, head_dim, heads);
 }
 
 /// Queries of one block turned to a part's angle: [queries, num_heads head_dim].
