@@ -10,6 +10,7 @@
 //! `vpdpbusd`, of which the integer path spends two per product, AVX2 `vpmaddwd` + `vpaddd`).
 
 use longspan_kernels::cpu::Level;
+use longspan_kernels::elementwise::Gate;
 use longspan_kernels::matmul::{Epilogue, MatrixSource, PackedMatrix};
 use longspan_kernels::pool::Pool;
 use longspan_kernels::quant::GgmlType;
@@ -31,6 +32,34 @@ const SHAPES: [(&str, &str, usize, usize, GgmlType); 14] = [
     ("Gemma-3-270M", "down", 640, 2048, GgmlType::Q6K),
     ("Gemma-3-270M", "head", 262_144, 640, GgmlType::Q8_0),
     ("a bf16 model", "gate up", 3072, 576, GgmlType::BF16),
+];
+
+/// Model, width, inner width, types of gate, up and of down, activation.
+const MLPS: [(&str, usize, usize, GgmlType, GgmlType, Gate); 3] = [
+    (
+        "SmolLM2-135M",
+        576,
+        1536,
+        GgmlType::Q4_1,
+        GgmlType::Q4_1,
+        Gate::Silu,
+    ),
+    (
+        "Qwen2.5-0.5B",
+        896,
+        4864,
+        GgmlType::Q5_0,
+        GgmlType::Q6K,
+        Gate::Silu,
+    ),
+    (
+        "Gemma-3-270M",
+        640,
+        2048,
+        GgmlType::Q5_0,
+        GgmlType::Q6K,
+        Gate::GeluTanh,
+    ),
 ];
 
 /// Bytes of copies of a matrix that decoding cycles through, far more than the caches hold.
@@ -245,6 +274,39 @@ fn main() {
                         print!(" ({:3.0} %)", 100.0 * rate / peak);
                     }
                 }
+            }
+            println!();
+        }
+        for (model, cols, inner, up_type, down_type, gate) in MLPS {
+            if only
+                .as_deref()
+                .is_some_and(|only| !format!("{model} mlp").contains(only))
+                || level == Level::Portable
+            {
+                continue;
+            }
+            let pack = |ty: GgmlType, rows: usize, cols: usize| {
+                let bytes = vec![0x11; ty.bytes(rows * cols).expect("whole blocks")];
+                let bytes = &bytes[..];
+                PackedMatrix::pack(cols, &[MatrixSource { ty, rows, bytes }]).expect("well formed")
+            };
+            let (up, down) = (pack(up_type, 2 * inner, cols), pack(down_type, cols, inner));
+            let x = noise(7, 2048 * cols);
+            print!("{model:14}mlp  ");
+            for m in [64, 256, 512, 1024, 2048] {
+                let mut out = vec![0.0; m * cols];
+                let time = shortest(budget, || {
+                    let how = Epilogue {
+                        gate: Some(gate),
+                        ..Epilogue::default()
+                    };
+                    let last = (&down, Epilogue::default());
+                    up.mlp_at(level, how, last, &x[..m * cols], m, &mut out);
+                });
+                black_box(&out);
+                let rate = 6.0 * (m * inner * cols) as f64 / time * 1e-9;
+                let share = 100.0 * rate / peak.unwrap_or(f64::NAN);
+                print!("  {m} rows: {rate:6.0} ({share:3.0} %)");
             }
             println!();
         }

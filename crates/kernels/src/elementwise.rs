@@ -1,4 +1,4 @@
-//! The small operations between matrix products: RMSNorm, gated activations, rotary rotation.
+//! The small operations between matrix products: norms, activations, rotary rotation.
 //!
 //! Each body is written once as plain loops and compiled for every dispatch level; what limits
 //! them is memory, so they are split over the pool only when there are many rows.
@@ -87,6 +87,93 @@ fn sum_of_squares(x: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// `out[row] = (x[row] - mean) / sqrt(variance + eps) * weight + bias`, the variance that of the whole row;
+/// x, out: [rows, width], width = weight.len() = bias.len().
+pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    assert!(
+        x.len() == out.len() && bias.len() == width && x.len().is_multiple_of(width),
+        "layer_norm: ragged rows"
+    );
+    let shared = SharedMut::new(out);
+    split_rows(x.len() / width, width, |first, rows| {
+        // SAFETY: pieces are disjoint row ranges.
+        let out = unsafe { shared.slice(first * width, rows * width) };
+        let x = &x[first * width..(first + rows) * width];
+        layer_norm_rows(x, weight, bias, eps, out);
+    });
+}
+
+multiversion! {
+    fn layer_norm_rows(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+        let width = weight.len();
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let mean = sum(x) / width as f32;
+            for (out, &x) in out.iter_mut().zip(x) {
+                *out = x - mean;
+            }
+            let scale = 1.0 / (sum_of_squares(out) / width as f32 + eps).sqrt();
+            for ((out, &weight), &bias) in out.iter_mut().zip(weight).zip(bias) {
+                *out = *out * scale * weight + bias;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; 32];
+    let mut chunks = x.chunks_exact(32);
+    for chunk in &mut chunks {
+        for lane in 0..32 {
+            lanes[lane] += chunk[lane];
+        }
+    }
+    lanes.iter().sum::<f32>() + chunks.remainder().iter().sum::<f32>()
+}
+
+/// `x = x / 2 * (1 + erf(x / sqrt 2))` in place: GELU in its exact form (BERT). x: [rows, width].
+pub fn gelu(x: &mut [f32], width: usize) {
+    assert!(
+        width > 0 && x.len().is_multiple_of(width),
+        "gelu: ragged rows"
+    );
+    let rows = x.len() / width;
+    let shared = SharedMut::new(x);
+    split_rows(rows, width * 4, |first, rows| {
+        // SAFETY: pieces are disjoint row ranges.
+        gelu_exact(unsafe { shared.slice(first * width, rows * width) });
+    });
+}
+
+multiversion! {
+    fn gelu_exact(x: &mut [f32]) {
+        for x in x {
+            *x = 0.5 * *x * (1.0 + erf(*x * std::f32::consts::FRAC_1_SQRT_2));
+        }
+    }
+}
+
+/// The error function to a few ulp of f32: the rational minimax approximation that Eigen and XLA use too.
+#[inline(always)]
+pub fn erf(x: f32) -> f32 {
+    let x = x.clamp(-4.0, 4.0);
+    let square = x * x;
+    let p = -2.726_142_3e-10;
+    let p = p * square + 2.770_681_4e-8;
+    let p = p * square - 2.101_024e-6;
+    let p = p * square - 5.692_506_4e-5;
+    let p = p * square - 7.349_906e-4;
+    let p = p * square - 2.954_6e-3;
+    let p = p * square - 1.609_603_3e-2;
+    let q = -1.456_607_2e-5;
+    let q = q * square - 2.133_740_6e-4;
+    let q = q * square - 1.682_827e-3;
+    let q = q * square - 7.373_329e-3;
+    let q = q * square - 1.426_473_9e-2;
+    x * p / q
+}
+
 /// The activation of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gate {
@@ -94,6 +181,19 @@ pub enum Gate {
     Silu,
     /// GELU in its tanh form (Gemma).
     GeluTanh,
+}
+
+impl Gate {
+    /// The activation of one number.
+    #[inline(always)]
+    pub fn apply(self, x: f32) -> f32 {
+        let exponent = match self {
+            Gate::Silu => x,
+            // x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)), the tanh form.
+            Gate::GeluTanh => 1.595_769 * (x + 0.044715 * x * x * x),
+        };
+        x / (1.0 + exp(-exponent))
+    }
 }
 
 /// `out[row] = act(gate) * up` for rows `gate_up = [gate | up]`: [rows, 2 * width] to [rows, width].
@@ -119,7 +219,7 @@ multiversion! {
         for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
             let (gate, up) = row.split_at(width);
             for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate / (1.0 + exp(-gate)) * up;
+                *out = Gate::Silu.apply(gate) * up;
             }
         }
     }
@@ -130,9 +230,7 @@ multiversion! {
         for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
             let (gate, up) = row.split_at(width);
             for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-                // gelu(x) = x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3)), the tanh form.
-                let inner = 1.595_769 * (gate + 0.044715 * gate * gate * gate);
-                *out = gate / (1.0 + exp(-inner)) * up;
+                *out = Gate::GeluTanh.apply(gate) * up;
             }
         }
     }
@@ -145,7 +243,8 @@ pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     // x = n ln2 + r with |r| <= ln2 / 2; adding 1.5 * 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_199_9e-3;
@@ -154,8 +253,9 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let value = p * r * r + r + 1.0;
-    // Times 2^n, through the exponent bits.
-    value * f32::from_bits((((n as i32) + 127) as u32) << 23)
+    // Times 2^n, through the exponent bits; `n as i32` would check for NaN one number at a time.
+    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits());
+    value * f32::from_bits(n.wrapping_add(127) << 23)
 }
 
 /// `out += x`.
@@ -252,6 +352,47 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// erf by its series of positive terms, exact to f64 where it matters here.
+    fn erf_naive(x: f64) -> f64 {
+        let (mut term, mut sum, mut n) = (x, x, 1.0);
+        while term.abs() > 1e-18 * sum.abs() {
+            n += 2.0;
+            term *= 2.0 * x * x / n;
+            sum += term;
+        }
+        2.0 / std::f64::consts::PI.sqrt() * (-x * x).exp() * sum
+    }
+
+    #[test]
+    fn layer_norm_and_exact_gelu_match_their_definitions_in_f64() {
+        let (rows, width) = (900, 67);
+        let value = |i: usize| ((i * 7919 % 1000) as f32 / 80.0) - 6.0;
+        let x: Vec<f32> = (0..rows * width).map(value).collect();
+        let weight: Vec<f32> = (0..width).map(|i| 0.5 + i as f32 / 50.0).collect();
+        let bias: Vec<f32> = (0..width).map(|i| i as f32 / 30.0 - 1.0).collect();
+        let mut out = vec![0f32; rows * width];
+        layer_norm(&x, &weight, &bias, 1e-12, &mut out);
+        for (x, out) in x.chunks(width).zip(out.chunks(width)) {
+            let mean = x.iter().map(|&x| x as f64).sum::<f64>() / width as f64;
+            let square = |x: &f32| (*x as f64 - mean).powi(2);
+            let deviation = (x.iter().map(square).sum::<f64>() / width as f64 + 1e-12).sqrt();
+            for i in 0..width {
+                let want = (x[i] as f64 - mean) / deviation * weight[i] as f64 + bias[i] as f64;
+                assert!((out[i] as f64 - want).abs() < 2e-6, "{} {want}", out[i]);
+            }
+        }
+        let mut activated = x.clone();
+        gelu(&mut activated, width);
+        for (&x, &y) in x.iter().zip(&activated) {
+            let x = x as f64;
+            let want = 0.5 * x * (1.0 + erf_naive(x / std::f64::consts::SQRT_2));
+            assert!(
+                (y as f64 - want).abs() < 1e-6,
+                "gelu({x}) = {y}, not {want}"
+            );
         }
     }
 }

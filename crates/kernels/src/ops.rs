@@ -59,14 +59,8 @@ impl Linear {
             Linear::Packed { matrix, bias } => {
                 let tokens = x.dim(0)?;
                 let out = with_rows(x, |x| {
-                    packed(
-                        matrix,
-                        bias,
-                        x,
-                        tokens,
-                        uninit(tokens * matrix.rows()),
-                        false,
-                    )
+                    let out = uninit(tokens * matrix.rows());
+                    packed(matrix, bias, x, tokens, out, false)
                 })?;
                 matrix_tensor(out, tokens)
             }
@@ -82,12 +76,16 @@ fn packed(
     mut out: Vec<f32>,
     accumulate: bool,
 ) -> Vec<f32> {
-    let epilogue = Epilogue {
+    matrix.matmul(x, tokens, &mut out, epilogue(bias, accumulate, None));
+    out
+}
+
+fn epilogue(bias: &Option<Arc<Vec<f32>>>, accumulate: bool, gate: Option<Gate>) -> Epilogue<'_> {
+    Epilogue {
         bias: bias.as_ref().map(|bias| bias.as_slice()),
         accumulate,
-    };
-    matrix.matmul(x, tokens, &mut out, epilogue);
-    out
+        gate,
+    }
 }
 
 /// RMSNorm with its weight [width] (Gemma's `1 + w` is folded in when the weights are loaded).
@@ -124,6 +122,65 @@ impl RmsNorm {
         x.broadcast_div(&(mean + self.eps)?.sqrt()?)?
             .broadcast_mul(&self.weight)
     }
+}
+
+/// LayerNorm with its weight and bias [width].
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    /// The same values for the CPU kernels; absent while they are being trained.
+    host: Option<Arc<(Vec<f32>, Vec<f32>)>>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// weight, bias: [width].
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
+        let host = if is_plain(&weight) && is_plain(&bias) {
+            Some(Arc::new((weight.to_vec1::<f32>()?, bias.to_vec1::<f32>()?)))
+        } else {
+            None
+        };
+        Ok(LayerNorm {
+            weight,
+            bias,
+            host,
+            eps,
+        })
+    }
+
+    /// x [.., width] to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Some(host), true) = (&self.host, is_plain(x)) {
+            let out = with_rows(x, |x| {
+                let mut out = uninit(x.len());
+                elementwise::layer_norm(x, &host.0, &host.1, self.eps as f32, &mut out);
+                out
+            })?;
+            return Tensor::from_vec(out, x.shape(), &Device::Cpu);
+        }
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        centred
+            .broadcast_div(&(variance + self.eps)?.sqrt()?)?
+            .broadcast_mul(&self.weight)?
+            .broadcast_add(&self.bias)
+    }
+}
+
+/// GELU in its exact form: x [tokens, width] to the same shape.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if !is_plain(x) {
+        return x.gelu_erf();
+    }
+    let width = x.dim(D::Minus1)?;
+    let out = with_rows(x, |x| {
+        let mut out = x.to_vec();
+        elementwise::gelu(&mut out, width);
+        out
+    })?;
+    Tensor::from_vec(out, x.shape(), &Device::Cpu)
 }
 
 /// Token embeddings [vocab, width].
@@ -163,14 +220,8 @@ pub fn norm_linear(x: &Tensor, norm: &RmsNorm, linear: &Linear) -> Result<Tensor
         scratch(|normed| {
             normed.resize(x.len(), 0.0);
             elementwise::rms_norm(x, weight, norm.eps as f32, normed);
-            packed(
-                matrix,
-                bias,
-                normed,
-                tokens,
-                uninit(tokens * matrix.rows()),
-                false,
-            )
+            let out = uninit(tokens * matrix.rows());
+            packed(matrix, bias, normed, tokens, out, false)
         })
     })?;
     matrix_tensor(out, tokens)
@@ -210,24 +261,45 @@ pub fn gated_mlp(
     down: &Linear,
     post_norm: Option<&RmsNorm>,
 ) -> Result<Tensor> {
-    let both = norm_linear(x, norm, gate_up)?; // [tokens, 2 * intermediate]
-    let width = both.dim(1)? / 2;
-    let hidden = if is_plain(&both) {
-        let tokens = both.dim(0)?;
-        let out = with_rows(&both, |both| {
-            let mut out = uninit(tokens * width);
-            elementwise::gated(gate, both, width, &mut out);
-            out
+    if let (
+        Linear::Packed { matrix, bias },
+        Linear::Packed {
+            matrix: last,
+            bias: last_bias,
+        },
+        Some(weight),
+        true,
+    ) = (gate_up, down, &norm.host, is_plain(x))
+    {
+        let tokens = x.dim(0)?;
+        let out = with_rows(x, |x| {
+            scratch(|normed| {
+                normed.resize(x.len(), 0.0);
+                elementwise::rms_norm(x, weight, norm.eps as f32, normed);
+                let mut out = match post_norm {
+                    None => x.to_vec(),
+                    Some(_) => uninit(tokens * last.rows()),
+                };
+                let last_how = epilogue(last_bias, post_norm.is_none(), None);
+                let how = epilogue(bias, false, Some(gate));
+                matrix.mlp(how, (last, last_how), normed, tokens, &mut out);
+                out
+            })
         })?;
-        matrix_tensor(out, tokens)?
-    } else {
-        let (g, up) = (both.narrow(1, 0, width)?, both.narrow(1, width, width)?);
-        let activated = match gate {
-            Gate::Silu => g.silu()?,
-            Gate::GeluTanh => g.gelu()?,
+        let y = matrix_tensor(out, tokens)?;
+        return match post_norm {
+            None => Ok(y),
+            Some(norm) => x + norm.forward(&y)?,
         };
-        (activated * up)?
+    }
+    let both = gate_up.forward(&norm.forward(x)?)?; // [tokens, 2 * intermediate]
+    let width = both.dim(1)? / 2;
+    let (g, up) = (both.narrow(1, 0, width)?, both.narrow(1, width, width)?);
+    let activated = match gate {
+        Gate::Silu => g.silu()?,
+        Gate::GeluTanh => g.gelu()?,
     };
+    let hidden = (activated * up)?;
     linear_residual(&hidden, down, post_norm, x)
 }
 

@@ -97,11 +97,12 @@ impl TileUnit for Hardware {
     }
 }
 
-/// One square of four accumulators: `c (+)= a * b`, bf16 to f32.
+/// One square of four accumulators: `to = from + a * b`, bf16 to f32.
 ///
 /// `a(i)`: upper and lower left-hand tile of step `i`, rows `a_stride` bytes apart; `b(i)`: left
-/// and right right-hand tile; `c`: upper left, upper right, lower left and lower right result.
-/// `LOWER` false leaves out the lower half.
+/// and right right-hand tile; `from` (nothing: zeros) and `to`: upper left, upper right, lower
+/// left and lower right result. `LOWER` false leaves out the lower half. `between(i)` runs after
+/// the instructions of step `i` are under way: vector work that the tile unit need not wait for.
 ///
 /// # Safety
 /// `T` is configured and all tiles are valid at their strides.
@@ -112,16 +113,17 @@ pub(crate) unsafe fn square<T: TileUnit, const LOWER: bool>(
     b: impl Fn(usize) -> [*const u8; 2],
     b_stride: usize,
     depth: usize,
-    c: [*mut u8; 4],
+    from: Option<[*mut u8; 4]>,
+    to: [*mut u8; 4],
     c_stride: usize,
-    add: bool,
+    mut between: impl FnMut(usize),
 ) {
-    if add {
-        T::load::<0>(c[0], c_stride);
-        T::load::<1>(c[1], c_stride);
+    if let Some(from) = from {
+        T::load::<0>(from[0], c_stride);
+        T::load::<1>(from[1], c_stride);
         if LOWER {
-            T::load::<2>(c[2], c_stride);
-            T::load::<3>(c[3], c_stride);
+            T::load::<2>(from[2], c_stride);
+            T::load::<3>(from[3], c_stride);
         }
     } else {
         T::zero::<0>();
@@ -143,12 +145,13 @@ pub(crate) unsafe fn square<T: TileUnit, const LOWER: bool>(
             T::multiply::<2, 5, 6>();
             T::multiply::<3, 5, 7>();
         }
+        between(i);
     }
-    T::store::<0>(c[0], c_stride);
-    T::store::<1>(c[1], c_stride);
+    T::store::<0>(to[0], c_stride);
+    T::store::<1>(to[1], c_stride);
     if LOWER {
-        T::store::<2>(c[2], c_stride);
-        T::store::<3>(c[3], c_stride);
+        T::store::<2>(to[2], c_stride);
+        T::store::<3>(to[3], c_stride);
     }
 }
 

@@ -64,9 +64,10 @@ unsafe fn key_logits<T: TileUnit>(
             |i| neighbours(key.add(i * 16 * ROW + half * 128)),
             ROW,
             dim / 32,
+            None,
             corners(s.add(half * 32), stride),
             stride * 4,
-            false,
+            |_| (),
         );
     }
 }
@@ -210,9 +211,10 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
                     |i| neighbours(values[i / 2].add(i % 2 * 16 * dim * 4 + col * 4)),
                     dim * 4,
                     2 * count,
+                    Some(corners(out.add(col), dim)),
                     corners(out.add(col), dim),
                     dim * 4,
-                    true,
+                    |_| (),
                 );
             }
         }

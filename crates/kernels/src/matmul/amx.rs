@@ -8,20 +8,25 @@
 
 use super::format::{Format, GROUP, LANES};
 use super::{Epilogue, PackedMatrix, share};
+#[cfg(target_arch = "x86_64")]
+use crate::elementwise::Gate;
 use crate::pool::{Pool, SharedMut};
-use crate::tile::{TileUnit, square};
+use crate::tile::{self, TileUnit};
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// From this many rows on, tiles are faster than dot products on the codes.
 pub(super) const MIN_ROWS: usize = 32;
 
-// A unit of work is some row tiles times some panels. Over `DEPTH` tiles of inputs at a time its
-// left tiles (1 MiB), right tiles of two panels (32 KiB) and sums (512 KiB) stay in a core's
-// second-level cache, and each weight is unpacked once for all the rows.
+// A unit of work is some row tiles times some pairs of panels. At most `DEPTH` tiles of inputs at
+// a time: the right tiles of a pair (40 KiB) stay in a core's first-level cache or near it, the
+// left tiles (1.25 MiB) and sums (512 KiB) in the second, and each weight is unpacked once for all
+// the rows.
 const ROW_TILES: usize = 64;
-const PANELS: usize = 8;
-const DEPTH: usize = 16;
+const PAIRS: usize = 4;
+const DEPTH: usize = 20;
+/// Tiles of a square of results: upper left, upper right, lower left, lower right.
+const SQUARE: usize = 4;
 
 /// 16 rows of 64 bytes.
 #[derive(Clone, Copy)]
@@ -33,7 +38,9 @@ const ROW_BYTES: usize = 64;
 thread_local! {
     /// Left-hand tiles, filled and read by all threads on behalf of the one that calls.
     static LEFT: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
-    /// Right-hand tiles of two panels, then the sums `[row tile][PANELS]` of a unit.
+    /// The same between the two products of an MLP.
+    static HIDDEN: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
+    /// Two squares of results, right-hand tiles of a pair of panels, then the sums of a unit.
     static ROOM: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -55,14 +62,53 @@ pub(super) trait Fill {
         groups: Range<usize>,
         to: *mut u8,
     );
-    /// Stores results of one row of `x`, from row `row` of the matrix on.
-    unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue);
+    /// Finishes some rows of a square of results `[2][2][16][16]` and stores them.
+    unsafe fn store(square: *const f32, rows: Range<usize>, place: &Place, how: Epilogue);
+}
+
+/// Where a square of results goes.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    to: Rows,
+    /// 1 to 32.
+    rows: usize,
+    /// First row of the matrix of the left and of the right half.
+    first: [usize; 2],
+    /// Rows of the matrix in each half; the right one may be empty.
+    count: [usize; 2],
+}
+
+/// Rows of an output, from a square's first on.
+#[derive(Clone, Copy)]
+enum Rows {
+    /// f32, elements from one row to the next.
+    Plain(*mut f32, usize),
+    /// Left-hand tiles of a next product, one or two row tiles of so many groups.
+    Tiles(*mut u8, usize),
+}
+
+/// The whole output.
+#[derive(Clone, Copy)]
+enum Sink {
+    /// `[m][width]`
+    Plain(SharedMut<f32>, usize),
+    /// `[row tile][groups]`
+    Tiles(SharedMut<Tile>, usize),
+}
+
+impl Sink {
+    unsafe fn rows(self, row_tile: usize) -> Rows {
+        match self {
+            Sink::Plain(out, width) => Rows::Plain(out.at(row_tile * LANES * width), width),
+            Sink::Tiles(out, groups) => Rows::Tiles(out.at(row_tile * groups).cast(), groups),
+        }
+    }
 }
 
 /// `out (=|+=) x . W^T (+ bias)`, the slices' lengths checked by the caller.
 ///
 /// # Safety
-/// The CPU has the instructions of `T` and `F`.
+/// The CPU has the instructions of `T` and `F`; a gated matrix passed [`pairs_gates`].
 pub(super) unsafe fn product<T: TileUnit, F: Fill>(
     matrix: &PackedMatrix,
     x: &[f32],
@@ -70,12 +116,45 @@ pub(super) unsafe fn product<T: TileUnit, F: Fill>(
     out: &mut [f32],
     how: Epilogue<'_>,
 ) {
-    let cols = matrix.cols;
+    let mut left = LEFT.take();
+    fill_left::<F>(&mut left, x, m, matrix.cols);
+    let sink = Sink::Plain(SharedMut::new(out), how.width(matrix.rows));
+    multiply::<T, F>(matrix, &left, m, sink, how);
+    LEFT.set(left);
+}
+
+/// `out += down(gated(x))`, the slices' lengths checked by the caller: what the gated product
+/// leaves is rounded to bf16 at once, as tiles for the second product. Written as f32 it would not
+/// fit a core's second-level cache, and its lines would take longer than its products.
+///
+/// # Safety
+/// As [`product`], and `gated` has a gate and passed [`pairs_gates`].
+pub(super) unsafe fn mlp<T: TileUnit, F: Fill>(
+    gate_up: (&PackedMatrix, Epilogue<'_>),
+    down: (&PackedMatrix, Epilogue<'_>),
+    x: &[f32],
+    m: usize,
+    out: &mut [f32],
+) {
+    let mut left = LEFT.take();
+    fill_left::<F>(&mut left, x, m, gate_up.0.cols);
+    let groups = down.0.cols.div_ceil(GROUP);
+    let mut hidden = HIDDEN.take();
+    grow(&mut hidden, m.div_ceil(LANES) * groups);
+    let sink = Sink::Tiles(SharedMut::new(&mut hidden), groups);
+    multiply::<T, F>(gate_up.0, &left, m, sink, gate_up.1);
+    LEFT.set(left);
+    let sink = Sink::Plain(SharedMut::new(out), down.0.rows);
+    multiply::<T, F>(down.0, &hidden, m, sink, down.1);
+    HIDDEN.set(hidden);
+}
+
+/// Rows of `x` `[m, cols]` as left-hand tiles `[row tile][group]`.
+unsafe fn fill_left<F: Fill>(tiles: &mut Vec<Tile>, x: &[f32], m: usize, cols: usize) {
     let groups = cols.div_ceil(GROUP);
     let row_tiles = m.div_ceil(LANES);
-    let mut tiles = LEFT.take();
-    grow(&mut tiles, row_tiles * groups);
-    let left = SharedMut::new(&mut tiles);
+    grow(tiles, row_tiles * groups);
+    let left = SharedMut::new(tiles);
     Pool::global().for_each(row_tiles, |tile| {
         let first = tile * LANES;
         let rows = LANES.min(m - first);
@@ -91,141 +170,163 @@ pub(super) unsafe fn product<T: TileUnit, F: Fill>(
             );
         }
     });
-    let left: &[Tile] = &tiles;
-    let out = SharedMut::new(out);
+}
+
+unsafe fn multiply<T: TileUnit, F: Fill>(
+    matrix: &PackedMatrix,
+    left: &[Tile],
+    m: usize,
+    sink: Sink,
+    how: Epilogue<'_>,
+) {
+    let groups = matrix.cols.div_ceil(GROUP);
+    let row_tiles = m.div_ceil(LANES);
     let chunks = row_tiles.div_ceil(ROW_TILES);
     let chunk = row_tiles.div_ceil(chunks).next_multiple_of(2);
-    // Fewer panels at a time when there would be less than four units for each thread.
-    let even = chunks * matrix.panels / (4 * Pool::global().threads());
-    let width = (even / 2 * 2).clamp(2, PANELS);
-    let columns = matrix.panels.div_ceil(width);
+    let depth = groups.div_ceil(groups.div_ceil(DEPTH));
+    let pairs = matrix.panels.div_ceil(2);
+    // Fewer pairs at a time when there would be less than four units for each thread.
+    let width = (chunks * pairs / (4 * Pool::global().threads())).clamp(1, PAIRS);
+    let columns = pairs.div_ceil(width);
     share(chunks * columns, |unit| {
         let first = unit / columns * chunk;
-        let panel = unit % columns * width;
+        let pair = unit % columns * width;
         let unit = Unit {
             matrix,
             left,
             groups,
+            depth,
             m,
             rows: first..(first + chunk).min(row_tiles),
-            panels: panel..(panel + width).min(matrix.panels),
+            pairs: pair..(pair + width).min(pairs),
             how,
         };
         ROOM.with_borrow_mut(|room| {
-            grow(room, 2 * DEPTH + chunk * PANELS);
+            grow(room, 2 * SQUARE + 2 * depth + chunk / 2 * PAIRS * SQUARE);
             // SAFETY: units write disjoint outputs, and the CPU has what `T` and `F` need.
-            unsafe { unit.run::<T, F>(room, &out) };
+            unsafe { unit.run::<T, F>(room, sink) };
         });
     });
-    LEFT.set(tiles);
 }
 
-/// Some row tiles by some panels.
+/// Whether a gated product can be fused: every panel is whole, so that the panel of a gate and
+/// that of its factor lie half the panels apart, and two pairs of them fill whole tiles.
+pub(super) fn pairs_gates(matrix: &PackedMatrix) -> bool {
+    matrix.panels.is_multiple_of(4) && matrix.panels * LANES == matrix.rows
+}
+
+/// Some row tiles by some pairs of panels.
 struct Unit<'a> {
     matrix: &'a PackedMatrix,
     /// `[row tile][group]`.
     left: &'a [Tile],
     groups: usize,
+    /// Groups at a time.
+    depth: usize,
     m: usize,
     /// Row tiles.
     rows: Range<usize>,
-    panels: Range<usize>,
+    pairs: Range<usize>,
     how: Epilogue<'a>,
 }
 
 impl Unit<'_> {
-    /// Every pair of panels over every pair of row tiles, `DEPTH` groups deep at a time. Whole
-    /// squares go straight to the output; others by way of `room`, which holds the right-hand
-    /// tiles of two panels first, then results `[row tile][PANELS]`.
-    unsafe fn run<T: TileUnit, F: Fill>(&self, room: &mut [Tile], out: &SharedMut<f32>) {
-        let (tiles, sums) = room.split_at_mut(2 * DEPTH);
+    /// The panels of a pair: neighbours, or a gate's and its factor's. The last panel of an odd
+    /// number stands alone.
+    fn panels(&self, pair: usize) -> [Option<usize>; 2] {
+        let second = match self.how.gate {
+            Some(_) => return [Some(pair), Some(pair + self.matrix.panels / 2)],
+            None => 2 * pair + 1,
+        };
+        [
+            Some(2 * pair),
+            (second < self.matrix.panels).then_some(second),
+        ]
+    }
+
+    /// Every pair of panels over every two row tiles, `depth` groups at a time. Results go by way
+    /// of a square in the first-level cache: tiles stored straight to the rows of the output wait
+    /// for its lines.
+    unsafe fn run<T: TileUnit, F: Fill>(&self, room: &mut [Tile], sink: Sink) {
+        let (squares, room) = room.split_at_mut(2 * SQUARE);
+        let (tiles, sums) = room.split_at_mut(2 * self.depth);
+        let squares = squares.as_mut_ptr();
         let (tiles, sums) = (tiles.as_mut_ptr(), sums.as_mut_ptr());
-        let stride = self.matrix.rows;
+        // The square that is finished row by row while the tile unit works on the next one.
+        let mut waiting: Option<(*const f32, Place)> = None;
+        let mut turn = 0;
         T::configure();
-        for start in (0..self.groups).step_by(DEPTH) {
-            let range = start..(start + DEPTH).min(self.groups);
-            for panel in self.panels.clone().step_by(2) {
-                // The last panel may stand for itself twice.
-                let pair = [panel, (panel + 1).min(self.panels.end - 1)];
-                let b = [0, 1].map(|i| self.right::<F>(pair[i], &range, tiles.add(i * DEPTH)));
+        for start in (0..self.groups).step_by(self.depth) {
+            let range = start..(start + self.depth).min(self.groups);
+            let depth = range.len();
+            let last = range.end == self.groups;
+            for pair in self.pairs.clone() {
+                let panels = self.panels(pair);
+                let left = self.right::<F>(panels[0].expect("a pair has a first"), &range, tiles);
+                let right = match panels[1] {
+                    Some(panel) => self.right::<F>(panel, &range, tiles.add(self.depth)),
+                    None => left,
+                };
+                let b = |i: usize| [left, right].map(|tiles| tiles.add(i * size_of::<Tile>()));
                 for row in self.rows.clone().step_by(2) {
-                    let lower = row + 1 < self.rows.end;
-                    let (c, c_stride, add) = if self.whole(pair, row) {
-                        let at = |row: usize, panel: usize| {
-                            out.at(row * LANES * stride + self.matrix.panel(panel).2)
-                                .cast::<u8>()
-                        };
-                        let low = if lower { row + 1 } else { row };
-                        let c = [
-                            at(row, pair[0]),
-                            at(row, pair[1]),
-                            at(low, pair[0]),
-                            at(low, pair[1]),
-                        ];
-                        (c, 4 * stride, self.how.accumulate || start > 0)
-                    } else {
-                        // The lower half of a lone row tile is not touched.
-                        let at = (row - self.rows.start) * PANELS + panel - self.panels.start;
-                        let c = [0, 1, PANELS, PANELS + 1];
-                        let c = c.map(|i| sums.wrapping_add(at + i).cast::<u8>());
-                        (c, ROW_BYTES, start > 0)
+                    let at = (row - self.rows.start) / 2 * PAIRS + pair - self.pairs.start;
+                    let kept = sums.wrapping_add(at * SQUARE);
+                    let to = match last {
+                        true => squares.add(turn * SQUARE),
+                        false => kept,
                     };
+                    let square =
+                        |first: *mut Tile| [0, 1, 2, 3].map(|i| first.wrapping_add(i).cast::<u8>());
+                    let from = (start > 0).then(|| square(kept));
                     let tile = |row: usize, i: usize| -> *const u8 {
                         self.left[row * self.groups + range.start + i].0.as_ptr()
                     };
-                    let b = |i: usize| b.map(|tiles| tiles.add(i * size_of::<Tile>()));
-                    if lower {
+                    let before = waiting;
+                    let between = |i: usize| {
+                        if let Some((sums, place)) = &before {
+                            let rows = place.rows * i / depth..place.rows * (i + 1) / depth;
+                            F::store(*sums, rows, place, self.how);
+                        }
+                    };
+                    waiting = None;
+                    let (to_square, bytes) = (square(to), ROW_BYTES);
+                    if row + 1 < self.rows.end {
                         let a = |i: usize| [tile(row, i), tile(row + 1, i)];
-                        square::<T, true>(
-                            a,
-                            ROW_BYTES,
-                            b,
-                            ROW_BYTES,
-                            range.len(),
-                            c,
-                            c_stride,
-                            add,
+                        tile::square::<T, true>(
+                            a, bytes, b, bytes, depth, from, to_square, bytes, between,
                         );
                     } else {
                         let a = |i: usize| [tile(row, i); 2];
-                        square::<T, false>(
-                            a,
-                            ROW_BYTES,
-                            b,
-                            ROW_BYTES,
-                            range.len(),
-                            c,
-                            c_stride,
-                            add,
+                        tile::square::<T, false>(
+                            a, bytes, b, bytes, depth, from, to_square, bytes, between,
                         );
+                    }
+                    if last {
+                        waiting = Some((to.cast_const().cast(), self.place(panels, row, sink)));
+                        turn = 1 - turn;
                     }
                 }
             }
         }
         T::release();
-        for panel in self.panels.clone() {
-            let first = panel - (panel - self.panels.start) % 2;
-            let pair = [first, (first + 1).min(self.panels.end - 1)];
-            let (.., row, count) = self.matrix.panel(panel);
-            for tile in self.rows.clone() {
-                if self.whole(pair, tile - (tile - self.rows.start) % 2) {
-                    continue;
-                }
-                let at = (tile - self.rows.start) * PANELS + panel - self.panels.start;
-                let sums: *const f32 = sums.add(at).cast();
-                for r in tile * LANES..self.m.min((tile + 1) * LANES) {
-                    let out = out.slice(r * stride + row, count);
-                    F::store(out, sums.add(r % LANES * LANES), row, self.how);
-                }
-            }
+        if let Some((sums, place)) = waiting {
+            F::store(sums, 0..place.rows, &place, self.how);
         }
     }
 
-    /// Whether the square of two panels and of the row tiles from `row` on is stored as it is.
-    fn whole(&self, panels: [usize; 2], row: usize) -> bool {
-        let rows = self.rows.end.min(row + 2) * LANES;
-        let full = |panel: usize| self.matrix.panel(panel).3 == LANES;
-        self.how.bias.is_none() && rows <= self.m && full(panels[0]) && full(panels[1])
+    unsafe fn place(&self, panels: [Option<usize>; 2], row: usize, sink: Sink) -> Place {
+        let at = panels.map(|panel| {
+            panel.map_or((0, 0), |panel| {
+                let (.., first, count) = self.matrix.panel(panel);
+                (first, count)
+            })
+        });
+        Place {
+            to: sink.rows(row),
+            rows: (self.m - row * LANES).min(2 * LANES),
+            first: at.map(|(first, _)| first),
+            count: at.map(|(_, count)| count),
+        }
     }
 
     /// The right-hand tiles of some groups of a panel, in `room` if need be.
@@ -262,8 +363,8 @@ impl Fill for Avx512 {
         vectors::left(x, rows, cols, groups, to);
     }
 
-    unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue) {
-        super::words::store(out, sums, row, how);
+    unsafe fn store(square: *const f32, rows: Range<usize>, place: &Place, how: Epilogue) {
+        vectors::store(square, rows, place, how);
     }
 
     unsafe fn right(
@@ -295,7 +396,7 @@ impl Fill for Avx512 {
 #[cfg(target_arch = "x86_64")]
 mod vectors {
     use super::super::avx512::unpack;
-    use super::{Format, GROUP, ROW_BYTES, Tile};
+    use super::{Epilogue, Format, GROUP, Gate, Place, ROW_BYTES, Rows, Tile};
     use std::arch::x86_64::*;
     use std::ops::Range;
 
@@ -317,6 +418,67 @@ mod vectors {
                 to.cast::<__m512bh>().write(both);
             }
         }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
+    pub unsafe fn store(square: *const f32, rows: Range<usize>, place: &Place, how: Epilogue) {
+        let bias = [0, 1].map(|half| match how.bias {
+            Some(bias) => {
+                let mask = lanes(place.count[half]);
+                _mm512_maskz_loadu_ps(mask, bias.as_ptr().wrapping_add(place.first[half]))
+            }
+            None => _mm512_setzero_ps(),
+        });
+        for r in rows {
+            let value = |half: usize| {
+                let at = (r / 16 * 2 + half) * 256 + r % 16 * 16;
+                _mm512_add_ps(_mm512_load_ps(square.add(at)), bias[half])
+            };
+            let halves = match how.gate {
+                Some(gate) => [Some(gated(gate, value(0), value(1))), None],
+                None => [Some(value(0)), Some(value(1))],
+            };
+            for half in 0..2 {
+                let (Some(value), column) = (halves[half], place.first[half]) else {
+                    continue;
+                };
+                match place.to {
+                    Rows::Plain(to, stride) => {
+                        let to = to.wrapping_add(r * stride + column);
+                        let mask = lanes(place.count[half]);
+                        let value = match how.accumulate {
+                            true => _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to)),
+                            false => value,
+                        };
+                        _mm512_mask_storeu_ps(to, mask, value);
+                    }
+                    Rows::Tiles(to, groups) => {
+                        let tile = r / 16 * groups + column / GROUP;
+                        let at = tile * size_of::<Tile>() + r % 16 * ROW_BYTES + column % GROUP * 2;
+                        let to = to.add(at).cast::<__m256bh>();
+                        to.write(_mm512_cvtneps_pbh(value));
+                    }
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    fn gated(gate: Gate, x: __m512, factor: __m512) -> __m512 {
+        // SAFETY of both: sixteen f32.
+        let mut x: [f32; 16] = unsafe { std::mem::transmute(x) };
+        match gate {
+            Gate::Silu => x.iter_mut().for_each(|x| *x = Gate::Silu.apply(*x)),
+            Gate::GeluTanh => x.iter_mut().for_each(|x| *x = Gate::GeluTanh.apply(*x)),
+        }
+        _mm512_mul_ps(
+            unsafe { std::mem::transmute::<[f32; 16], __m512>(x) },
+            factor,
+        )
+    }
+
+    fn lanes(count: usize) -> __mmask16 {
+        ((1u32 << count) - 1) as __mmask16
     }
 
     /// `d * u + m` per row and group.
@@ -410,9 +572,38 @@ impl Fill for Plain {
         }
     }
 
-    unsafe fn store(out: &mut [f32], sums: *const f32, row: usize, how: Epilogue) {
-        let sums = &*sums.cast::<[f32; LANES]>();
-        super::store(out, sums, &[1.0; LANES], row, how);
+    unsafe fn store(square: *const f32, rows: Range<usize>, place: &Place, how: Epilogue) {
+        let value = |r: usize, half: usize, lane: usize| {
+            let value = *square.add((r / 16 * 2 + half) * 256 + r % 16 * 16 + lane);
+            value + how.bias.map_or(0.0, |bias| bias[place.first[half] + lane])
+        };
+        for r in rows {
+            let store = |column: usize, value: f32| match place.to {
+                Rows::Plain(to, stride) => {
+                    let to = &mut *to.add(r * stride + column);
+                    *to = if how.accumulate { *to + value } else { value };
+                }
+                Rows::Tiles(to, groups) => {
+                    let tile = r / 16 * groups + column / GROUP;
+                    let at = tile * size_of::<Tile>() + r % 16 * ROW_BYTES + column % GROUP * 2;
+                    let to = to.add(at).cast::<half::bf16>();
+                    to.write(half::bf16::from_f32(value));
+                }
+            };
+            for lane in 0..place.count[0] {
+                match how.gate {
+                    Some(gate) => {
+                        let [gated, factor] = [0, 1].map(|half| value(r, half, lane));
+                        store(place.first[0] + lane, gate.apply(gated) * factor);
+                    }
+                    None => store(place.first[0] + lane, value(r, 0, lane)),
+                }
+            }
+            if how.gate.is_none() {
+                (0..place.count[1])
+                    .for_each(|lane| store(place.first[1] + lane, value(r, 1, lane)));
+            }
+        }
     }
 
     unsafe fn right(

@@ -26,6 +26,7 @@ mod words;
 pub use naive::matmul_naive;
 
 use crate::cpu::Level;
+use crate::elementwise::{self, Gate};
 use crate::pool::{Pool, SharedMut};
 use crate::quant::GgmlType;
 #[cfg(target_arch = "x86_64")]
@@ -53,6 +54,16 @@ pub struct Epilogue<'a> {
     pub bias: Option<&'a [f32]>,
     /// Adds to the output instead of overwriting it.
     pub accumulate: bool,
+    /// The matrix is `[gate | up]`, halves of its rows: the output is `act(gate) * up`, half as
+    /// wide. Not with `accumulate`.
+    pub gate: Option<Gate>,
+}
+
+impl Epilogue<'_> {
+    /// Columns of the output of a matrix of `rows` rows.
+    fn width(&self, rows: usize) -> usize {
+        if self.gate.is_some() { rows / 2 } else { rows }
+    }
 }
 
 /// Why tensors could not be packed.
@@ -134,6 +145,10 @@ impl std::fmt::Debug for PackedMatrix {
 thread_local! {
     /// Kept between calls, so that no call touches fresh pages.
     static ACTIVATIONS: RefCell<Activations> = RefCell::default();
+    /// `[m, gate | up]` where the gate is a pass of its own.
+    static BOTH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// `[m, width]` between the two products of an MLP.
+    static HIDDEN: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Rows of `x` that share a pass over a panel.
@@ -184,7 +199,8 @@ impl PackedMatrix {
         self.unpack_row(row, out);
     }
 
-    /// `out[m, rows] (=|+=) x[m, cols] . W^T (+ bias)` at the level in force.
+    /// `out[m, rows] (=|+=) x[m, cols] . W^T (+ bias)` at the level in force; half as wide when
+    /// gated.
     ///
     /// # Panics
     /// When a slice's length does not fit `m`.
@@ -215,22 +231,41 @@ impl PackedMatrix {
             "x must be [m = {m}, cols = {}]",
             self.cols
         );
-        assert_eq!(
-            out.len(),
-            m * self.rows,
-            "out must be [m = {m}, rows = {}]",
-            self.rows
-        );
+        let width = epilogue.width(self.rows);
+        assert_eq!(out.len(), m * width, "out must be [m = {m}, {width}]");
         if let Some(bias) = epilogue.bias {
             assert_eq!(bias.len(), self.rows, "bias must be [rows]");
+        }
+        if epilogue.gate.is_some() {
+            assert!(
+                self.rows.is_multiple_of(2) && !epilogue.accumulate,
+                "a gated product has two halves and overwrites"
+            );
         }
         if m == 0 || self.rows == 0 {
             return;
         }
         #[cfg(target_arch = "x86_64")]
-        if level == Level::Amx && m >= amx::MIN_ROWS {
+        if level == Level::Amx
+            && m >= amx::MIN_ROWS
+            && (epilogue.gate.is_none() || amx::pairs_gates(self))
+        {
             // SAFETY: the level was checked, and it implies AVX-512.
             unsafe { amx::product::<Hardware, amx::Avx512>(self, x, m, out, epilogue) };
+            return;
+        }
+        if let Some(gate) = epilogue.gate {
+            let plain = Epilogue {
+                gate: None,
+                ..epilogue
+            };
+            BOTH.with(|cell| {
+                let mut both = cell.take();
+                both.resize(both.len().max(m * self.rows), 0.0);
+                self.matmul_at(level, x, m, &mut both[..m * self.rows], plain);
+                elementwise::gated(gate, &both[..m * self.rows], width, out);
+                cell.replace(both);
+            });
             return;
         }
         #[cfg(target_arch = "x86_64")]
@@ -243,6 +278,60 @@ impl PackedMatrix {
         ACTIVATIONS.with(|cell| match cell.try_borrow_mut() {
             Ok(mut activations) => self.product(level, &mut activations, x, m, out, epilogue),
             Err(_) => self.product(level, &mut Activations::default(), x, m, out, epilogue),
+        });
+    }
+
+    /// `out += down(act(gate) * up)` with `[gate | up] = x . W^T (+ bias)`: the two products of a
+    /// gated MLP. x: [m, cols], out: [m, down.rows]; `how` of `self` has the gate, that of `down`
+    /// accumulates or not.
+    ///
+    /// # Panics
+    /// As [`PackedMatrix::matmul`], or when `down` does not take what `self` gives.
+    pub fn mlp(
+        &self,
+        how: Epilogue<'_>,
+        down: (&PackedMatrix, Epilogue<'_>),
+        x: &[f32],
+        m: usize,
+        out: &mut [f32],
+    ) {
+        self.mlp_at(Level::current(), how, down, x, m, out);
+    }
+
+    /// [`PackedMatrix::mlp`] at a given level.
+    ///
+    /// # Panics
+    /// As [`PackedMatrix::mlp`], or when the CPU lacks `level`.
+    pub fn mlp_at(
+        &self,
+        level: Level,
+        how: Epilogue<'_>,
+        down: (&PackedMatrix, Epilogue<'_>),
+        x: &[f32],
+        m: usize,
+        out: &mut [f32],
+    ) {
+        let width = how.width(self.rows);
+        assert!(how.gate.is_some() && down.0.cols == width, "gate and down");
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Amx && m >= amx::MIN_ROWS && amx::pairs_gates(self) {
+            assert!(level <= Level::detected(), "this CPU lacks level amx");
+            assert_eq!(x.len(), m * self.cols, "x must be [m, cols]");
+            assert_eq!(out.len(), m * down.0.rows, "out must be [m, down.rows]");
+            for (matrix, how) in [(self, how), down] {
+                assert!(how.bias.is_none_or(|bias| bias.len() == matrix.rows));
+            }
+            // SAFETY: the level was checked, and it implies AVX-512.
+            unsafe { amx::mlp::<Hardware, amx::Avx512>((self, how), down, x, m, out) };
+            return;
+        }
+        HIDDEN.with(|cell| {
+            let mut hidden = cell.take();
+            hidden.resize(hidden.len().max(m * width), 0.0);
+            let rows = &mut hidden[..m * width];
+            self.matmul_at(level, x, m, rows, how);
+            down.0.matmul_at(level, rows, m, out, down.1);
+            cell.replace(hidden);
         });
     }
 

@@ -216,6 +216,7 @@ fn check(cols: usize, parts: &[(GgmlType, usize)], m: usize, seed: u64) {
             let epilogue = Epilogue {
                 bias: with_bias.then_some(&bias[..]),
                 accumulate,
+                gate: None,
             };
             let mut out = start.clone();
             product(&matrix, &x, m, &mut out, epilogue);
@@ -265,6 +266,149 @@ fn one_row_and_whole_blocks_of_rows() {
     for m in [1, 2, 8, 9, 16, 17, 32, 33] {
         check(576, &[(GgmlType::Q4_1, 48)], m, 5);
     }
+}
+
+/// A gated product is the activation of the plain product's first half times the second, fused or
+/// not, with halves of different types too.
+#[test]
+fn gates() {
+    let both = [
+        (576, 37, [(GgmlType::Q4_1, 48); 2]),
+        (640, 33, [(GgmlType::Q5_0, 32), (GgmlType::Q8_0, 32)]),
+        (1088, 70, [(GgmlType::BF16, 80); 2]),
+        (64, 5, [(GgmlType::Q8_0, 21); 2]),
+        (256, 64, [(GgmlType::Q6K, 21); 2]),
+    ];
+    for (cols, m, parts) in both {
+        let tensors = parts.map(|(ty, rows)| random_tensor(ty, rows * cols, 17));
+        let sources = [0, 1].map(|i| MatrixSource {
+            ty: parts[i].0,
+            rows: parts[i].1,
+            bytes: &tensors[i],
+        });
+        let matrix = PackedMatrix::pack(cols, &sources).expect("well formed");
+        let (rows, width) = (matrix.rows(), parts[0].1);
+        let (x, bias) = (noise(3, m * cols), noise(4, rows));
+        let mut ways: Vec<(&str, Product)> = Vec::new();
+        for (level, product) in LEVELS {
+            if level <= Level::detected() {
+                ways.push((level.name(), product));
+            }
+        }
+        if amx::pairs_gates(&matrix) {
+            ways.extend(tile_products());
+        }
+        for (name, product) in ways {
+            for gate in [Gate::Silu, Gate::GeluTanh] {
+                for bias in [None, Some(&bias[..])] {
+                    let how = |gate| Epilogue {
+                        bias,
+                        accumulate: false,
+                        gate,
+                    };
+                    let (mut plain, mut gated) = (vec![0.0; m * rows], vec![f32::NAN; m * width]);
+                    product(&matrix, &x, m, &mut plain, how(None));
+                    product(&matrix, &x, m, &mut gated, how(Some(gate)));
+                    for (at, &found) in gated.iter().enumerate() {
+                        let row = &plain[at / width * rows..][..rows];
+                        let column = at % width;
+                        let expected = gate.apply(row[column]) * row[width + column];
+                        assert!(
+                            (found - expected).abs() <= 1e-5 * expected.abs().max(1e-3),
+                            "{name} {gate:?} at {at}: {found}, not {expected}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An MLP is its two products one after the other, whichever way the middle is kept.
+#[test]
+fn mlps() {
+    for (cols, width, m) in [
+        (576, 96, 40),
+        (64, 32, 33),
+        (96, 160, 35),
+        (1088, 160, 70),
+        (64, 64, 3),
+    ] {
+        let (ty, down_ty) = (GgmlType::Q4_1, GgmlType::Q8_0);
+        let up = random_tensor(ty, 2 * width * cols, 23);
+        let last = random_tensor(down_ty, 50 * width, 24);
+        let pack = |ty, rows, cols, bytes: &[u8]| {
+            PackedMatrix::pack(cols, &[MatrixSource { ty, rows, bytes }]).expect("well formed")
+        };
+        let gate_up = pack(ty, 2 * width, cols, &up);
+        let down = pack(down_ty, 50, width, &last);
+        let (x, start) = (noise(3, m * cols), noise(4, m * 50));
+        let how = |accumulate, gate| Epilogue {
+            bias: None,
+            accumulate,
+            gate,
+        };
+        let gate = Some(Gate::Silu);
+        let (mut hidden, mut expected) = (vec![0.0; m * width], start.clone());
+        gate_up.matmul_at(Level::Portable, &x, m, &mut hidden, how(false, gate));
+        down.matmul_at(Level::Portable, &hidden, m, &mut expected, how(true, None));
+        let size = hidden.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+        let close = |found: &[f32], allowed: f32, name: &str| {
+            for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert!(
+                    (found - expected).abs() <= allowed,
+                    "{name} at {at}: {found}, not {expected}"
+                );
+            }
+        };
+        let weights = largest_row(&down);
+        for level in Level::available() {
+            let mut out = start.clone();
+            gate_up.mlp_at(
+                level,
+                how(false, gate),
+                (&down, how(true, None)),
+                &x,
+                m,
+                &mut out,
+            );
+            let allowed = if level >= Level::Avx512 {
+                2f32.powi(-6)
+            } else {
+                2f32.powi(-12)
+            };
+            close(&out, size * weights * allowed, level.name());
+        }
+        if amx::pairs_gates(&gate_up) {
+            let mut out = start.clone();
+            // SAFETY: any CPU has what these are made of.
+            unsafe {
+                let (first, second) = ((&gate_up, how(false, gate)), (&down, how(true, None)));
+                amx::mlp::<Emulated, amx::Plain>(first, second, &x, m, &mut out);
+            }
+            close(&out, size * weights * 2f32.powi(-6), "plain tiles");
+            #[cfg(target_arch = "x86_64")]
+            if Level::detected() >= Level::Avx512 {
+                let mut same = start.clone();
+                // SAFETY: the level was checked.
+                unsafe {
+                    let (first, second) = ((&gate_up, how(false, gate)), (&down, how(true, None)));
+                    amx::mlp::<Emulated, amx::Avx512>(first, second, &x, m, &mut same);
+                }
+                close(&same, size * weights * 2f32.powi(-6), "tiles");
+            }
+        }
+    }
+}
+
+/// The largest sum of `|w|` of a row.
+fn largest_row(matrix: &PackedMatrix) -> f32 {
+    let mut row = vec![0.0; matrix.cols()];
+    let sums = (0..matrix.rows()).map(|r| {
+        matrix.dequantize_row(r, &mut row);
+        row.iter().map(|w| w.abs()).sum::<f32>()
+    });
+    sums.fold(0.0, f32::max)
 }
 
 /// Past the ends of a unit's rows, panels and slab, where several units share the rows.
