@@ -9,6 +9,7 @@ use longspan_kernels::attention::{self, Attention, Tile, Tiles};
 use longspan_kernels::elementwise::split_rows;
 use longspan_kernels::pool::SharedMut;
 use longspan_nn::position::{Frequencies, RopeLayout, RopeTable, rotate};
+use std::cell::RefCell;
 use std::io;
 
 /// What attention needs to know of one layer.
@@ -85,6 +86,11 @@ fn rotate_rows(
 /// Fills cos and sin rows for one position.
 type ComputeRow = fn(&Frequencies, f64, &mut [f32], &mut [f32]);
 
+thread_local! {
+    /// cos and sin of one position: policies turn many queries and keys one by one.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 fn rotate_heads(
     rope: Option<&Frequencies>,
     compute_row: ComputeRow,
@@ -94,12 +100,14 @@ fn rotate_heads(
 ) {
     let Some(rope) = rope else { return };
     let half = rope.inv_freq.len();
-    let mut row = vec![0f32; 2 * half];
-    let (cos, sin) = row.split_at_mut(half);
-    compute_row(rope, position as f64, cos, sin);
-    heads
-        .chunks_exact_mut(head_dim)
-        .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+    ROW.with_borrow_mut(|row| {
+        row.resize(2 * half, 0.0);
+        let (cos, sin) = row.split_at_mut(half);
+        compute_row(rope, position as f64, cos, sin);
+        heads
+            .chunks_exact_mut(head_dim)
+            .for_each(|head| rotate(RopeLayout::Half, head, cos, sin));
+    });
 }
 
 /// Rotates heads [n head_dim] of queries to one position.
@@ -180,6 +188,7 @@ type Work = (usize, usize, LayerAt, Plan, Vec<Option<Vec<f32>>>);
 enum PartTiles<'a> {
     Shared(Vec<Tile<'a>>),
     PerQueryHead(Vec<Vec<Tile<'a>>>),
+    PerKvHead(Vec<Vec<Tile<'a>>>),
 }
 
 /// Attention of all rows. query [tokens, num_heads head_dim], key and value
@@ -326,18 +335,22 @@ pub fn attend_rows(
                 .iter()
                 .map(|(index, _, _, plan, _)| {
                     let store = &*rows[*index].store;
+                    let by_heads = |lists: Vec<_>| match lists.len() == layout.num_kv_heads {
+                        true => PartTiles::PerKvHead(lists),
+                        false => PartTiles::PerQueryHead(lists),
+                    };
                     let tiles = plan.parts.iter().map(|part| {
                         Ok(match &part.keys {
                             Keys::Shared(ranges) => {
                                 PartTiles::Shared(store.tiles(layer, ranges, part.form)?)
                             }
-                            Keys::PerQueryHead(lists) => PartTiles::PerQueryHead(
+                            Keys::PerQueryHead(lists) => by_heads(
                                 lists
                                     .iter()
                                     .map(|ranges| store.tiles(layer, ranges, part.form))
                                     .collect::<io::Result<_>>()?,
                             ),
-                            Keys::Gathered(gathered) => PartTiles::PerQueryHead(gathered.tiles()),
+                            Keys::Gathered(gathered) => by_heads(gathered.tiles()),
                         })
                     });
                     tiles.collect::<io::Result<Vec<_>>>()
@@ -358,6 +371,7 @@ pub fn attend_rows(
                             tiles: match tiles {
                                 PartTiles::Shared(tiles) => Tiles::Shared(tiles),
                                 PartTiles::PerQueryHead(lists) => Tiles::PerQueryHead(lists),
+                                PartTiles::PerKvHead(lists) => Tiles::PerKvHead(lists),
                             },
                             mask: part.mask,
                             column_sums: part.column_sums,

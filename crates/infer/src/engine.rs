@@ -81,10 +81,12 @@ pub fn default_kv() -> KvDtype {
 
 /// A model ready to read and write. Cheap to share; sequences are separate objects.
 pub struct Engine {
-    model: Decoder,
+    model: Arc<Decoder>,
     ropes: LayerRopes,
     rope: Option<RopeOverride>,
     fingerprint: String,
+    /// Names the weights alone.
+    weights: String,
     /// Layers without a sliding window of their own.
     governed: Vec<usize>,
 }
@@ -192,6 +194,11 @@ impl Sequence {
         &*self.policy
     }
 
+    /// From now on the policy notes where queries look; see [`ContextPolicy::looked`].
+    pub fn watch(&mut self) {
+        self.policy.watch();
+    }
+
     /// Marks the present length as one that [`Engine::truncate`] can return to.
     pub fn commit(&mut self) {
         // Full attention rewinds without it, unless the model has sliding layers, which drop pages.
@@ -213,14 +220,33 @@ pub enum Want {
 
 impl Engine {
     /// Wraps a model. `fingerprint` names the weights; saved sessions carry it.
-    pub fn new(model: Decoder, fingerprint: String) -> Result<Self> {
+    pub fn new(model: impl Into<Arc<Decoder>>, fingerprint: String) -> Result<Self> {
+        let model = model.into();
         let ropes = LayerRopes::new(model.config())?;
-        Ok(Self::with_ropes(model, ropes, None, fingerprint))
+        let weights = fingerprint.clone();
+        Ok(Self::with_ropes(model, ropes, None, fingerprint, weights))
+    }
+
+    /// The same weights, not copied, under another rotary rule; None is the model's own.
+    ///
+    /// # Errors
+    /// As [`Engine::with_rope`].
+    pub fn under_rope(&self, rope: Option<RopeOverride>) -> Result<Engine> {
+        match rope {
+            None => Engine::new(self.model.clone(), self.weights.clone()),
+            Some(rope) => Engine::with_rope(self.model.clone(), &self.weights, rope),
+        }
     }
 
     /// Wraps a model with another rotary rule than its own, on every layer that sees the whole text. The
     /// fingerprint then names the rule and its frequencies too. Errors say why a rule does not fit.
-    pub fn with_rope(model: Decoder, fingerprint: &str, rope: RopeOverride) -> Result<Self> {
+    pub fn with_rope(
+        model: impl Into<Arc<Decoder>>,
+        fingerprint: &str,
+        rope: RopeOverride,
+    ) -> Result<Self> {
+        let model = model.into();
+        let weights = fingerprint.to_string();
         let ropes = LayerRopes::with_override(model.config(), &rope)?;
         if !model.device().is_cpu() && (ropes.depend_on_length() || ropes.keys_differ()) {
             let message = format!(
@@ -236,14 +262,21 @@ impl Engine {
         })?;
         let digest = blake3::hash(&bases).to_hex();
         let fingerprint = format!("{fingerprint} --rope {rope} ({})", &digest[..16]);
-        Ok(Self::with_ropes(model, ropes, Some(rope), fingerprint))
+        Ok(Self::with_ropes(
+            model,
+            ropes,
+            Some(rope),
+            fingerprint,
+            weights,
+        ))
     }
 
     fn with_ropes(
-        model: Decoder,
+        model: Arc<Decoder>,
         ropes: LayerRopes,
         rope: Option<RopeOverride>,
         fingerprint: String,
+        weights: String,
     ) -> Self {
         let layers = model.config().layers.iter().enumerate();
         let governed = layers
@@ -255,6 +288,7 @@ impl Engine {
             ropes,
             rope,
             fingerprint,
+            weights,
             governed,
         }
     }
@@ -291,6 +325,17 @@ impl Engine {
             Some(_) => self.ropes.stretched_window().unwrap_or(trained) as u64,
             None => trained as u64,
         }
+    }
+
+    /// Bytes of rotated keys and of values that a token takes in all layers.
+    pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
+        let planes = 2 * self.model.config().num_layers * self.layout(dtype).plane_bytes();
+        (planes / longspan_kernels::attention::PAGE) as u64
+    }
+
+    /// Errors if the rotary rule cannot be used for a text of this length.
+    pub fn check_length(&self, tokens: usize) -> Result<()> {
+        Ok(self.ropes.check_length(tokens)?)
     }
 
     pub(crate) fn layout(&self, dtype: KvDtype) -> KvLayout {
@@ -561,12 +606,26 @@ impl Engine {
         Ok(self.model.hidden(ids, &mut attend)?)
     }
 
+    /// The length that angles are taken for. A text that grows past the window and past what was announced grows
+    /// by a 32nd of the window at a time, so that writing token by token does not turn all keys at each.
+    fn rope_length(&self, known: usize, expected: usize) -> usize {
+        let window = self.model.config().context_length;
+        if known <= expected || known <= window {
+            return known.max(expected);
+        }
+        let ahead = known.next_multiple_of((window / 32).max(1));
+        match self.ropes.check_length(ahead) {
+            Ok(()) => ahead,
+            Err(_) => known,
+        }
+    }
+
     /// Bases that depend on the length (dynamic NTK, longrope, CLEX): when the frequencies change, every
     /// cached key is rotated anew.
     fn follow_length(&self, sequence: &mut Sequence, incoming: usize) -> Result<()> {
         let known = sequence.tokens.len() + incoming;
         let config = self.model.config();
-        let length = known.max(sequence.expected_length);
+        let length = self.rope_length(known, sequence.expected_length);
         let bases = self.ropes.bases().iter().enumerate();
         for (index, basis) in bases.filter(|(_, basis)| basis.depends_on_length()) {
             let now = basis.frequencies(Some(length));
@@ -590,7 +649,7 @@ impl Engine {
     /// The frequencies that the cached keys of a restored sequence stand at.
     pub(crate) fn restore_frequencies(&self, sequence: &mut Sequence) {
         let len = sequence.tokens.len();
-        let length = (len > 0).then_some(len.max(sequence.expected_length));
+        let length = (len > 0).then(|| self.rope_length(len, sequence.expected_length));
         let bases = self.ropes.bases().iter();
         sequence.frequencies = bases.map(|basis| basis.frequencies(length)).collect();
     }

@@ -105,6 +105,20 @@ impl Distribution {
     }
 }
 
+/// The `most` segments of least entropy, and of at most `threshold` nats, in the order of the text. Of equals the
+/// earlier ones are kept.
+pub fn choose(entropies: &[f64], most: usize, threshold: Option<f64>) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..entropies.len()).collect();
+    // The sort is stable: of equals the earlier one comes first.
+    order.sort_by(|&a, &b| entropies[a].total_cmp(&entropies[b]));
+    if let Some(threshold) = threshold {
+        order.retain(|&index| entropies[index] <= threshold);
+    }
+    order.truncate(most);
+    order.sort_unstable();
+    order
+}
+
 /// Gives the distribution of the token after each of some independent texts.
 pub trait NextToken {
     /// Each prefix, followed by the common question, is a text of its own from position 0 on. Answers stand
@@ -293,14 +307,7 @@ impl KeyContextPlanner {
                 .into());
             }
         }
-        let mut order: Vec<usize> = (0..ranges.len()).collect();
-        // The sort is stable: of equals the earlier one is kept.
-        order.sort_by(|&a, &b| entropies[a].total_cmp(&entropies[b]));
-        if let Some(threshold) = self.config.threshold {
-            order.retain(|&index| entropies[index] <= threshold);
-        }
-        order.truncate(most);
-        order.sort_unstable();
+        let order = choose(&entropies, most, self.config.threshold);
         let mut merged: Vec<Range<usize>> = Vec::new();
         for &index in &order {
             let range = ranges[index].clone();

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod key_context;
 pub mod kv;
 pub mod prefix;
+pub mod schedule;
 pub mod session;
 pub mod wire;
 

@@ -20,7 +20,7 @@ use longspan_nn::weights::safetensors::HfWeights;
 use std::io;
 use std::ops::ControlFlow;
 
-const POLICIES: [&str; 14] = [
+const POLICIES: [&str; 18] = [
     "full",
     "window:24",
     "sinks:3,20",
@@ -32,9 +32,13 @@ const POLICIES: [&str; 14] = [
     "h2o:10,8,positions=cache",
     "span:full=top-1,local=window-12,sinks=2",
     "span:full=1+,local=block-prev-10,sinks=1",
-    "hip:k=12,block_q=4,block_k=2,window=6,sinks=2,dense_layers=1,refresh=3",
-    "squeezed:0.5,clusters=20,obs=8",
+    "hip:k=12,block_q=4,block_k=2,decode_block_k=2,share=none,window=6,sinks=2,dense_layers=1,refresh=3",
+    "hip:k=12,block_q=4,block_k=2,decode_block_k=4,share=decode,window=6,sinks=2,dense_layers=1,refresh=3",
+    "hip:k=12,block_q=4,block_k=3,decode_block_k=5,share=always,window=6,sinks=2,dense_layers=0,refresh=2",
+    "squeezed:0.5,clusters=20,obs=8,sinks=0,share=none,refresh=1",
+    "squeezed:0.5,clusters=20,obs=8,sinks=2,share=decode,refresh=3",
     "squeezed:0.6,0.4,clusters=20,coarse=6,obs=8",
+    "cmr:24,capacity=9,segment=16,keep=0.3,min_relevance=0.5,block=8,sinks=2,delta=4",
 ];
 
 fn engine(name: &str) -> Engine {
@@ -139,6 +143,7 @@ fn a_budget_as_long_as_the_text_is_full_attention() {
             "span:full=bottom-0,local=block-60,sinks=0",
             "span:full=bottom-9,local=block-1",
             "hip:k=64,block_q=4,window=8,dense_layers=0",
+            "cmr:60,segment=16,block=8",
         ] {
             for piece in [60, 1] {
                 let found = read(
@@ -167,16 +172,18 @@ fn pieces_do_not_change_results() {
         let pieces: &[usize] = match context {
             c if c.starts_with("infllm") => &[8, 16, 48],
             c if c.starts_with("hip") => &[4, 16, 48],
+            c if c.starts_with("cmr") => &[8, 16],
             c if c.contains("top_k=2") => &[100],
             // These choose what to drop after every call or round.
             c if c.starts_with("sirllm") || c.starts_with("h2o") => continue,
             _ => &[1, 7, 33],
         };
+        // CMR's memory is constant within a call of its segment's length.
         let whole = read(
             &engine,
             &mut engine.sequence(&options(context), None).unwrap(),
             &tokens,
-            100,
+            if context.starts_with("cmr") { 16 } else { 100 },
         );
         for &piece in pieces {
             let found = read(
@@ -192,6 +199,26 @@ fn pieces_do_not_change_results() {
                 &format!("{context} in pieces of {piece}"),
             );
         }
+    }
+}
+
+#[test]
+fn a_memory_of_every_token_is_full_attention() {
+    let context = "cmr:24,1000,segment=1,keep=1,min_relevance=0,decay=1,block=1,sinks=0,layers=0+1,distance=own";
+    for model in ["llama-tied", "qwen2"] {
+        let engine = engine(model);
+        let tokens = ids(90, 1, engine.model().config().vocab_size);
+        let run = |context: &str| {
+            let mut sequence = engine.sequence(&options(context), None).unwrap();
+            (read(&engine, &mut sequence, &tokens, 1), sequence)
+        };
+        let (full, _) = run("full");
+        let (found, sequence) = run(context);
+        assert_close(&found, &full, 1e-4, model);
+        assert_eq!(sequence.policy().kept().len(), 90 - 24);
+        let (window, _) = run("window:24");
+        let off = |a: &[f32], b: &[f32]| a.iter().zip(b).any(|(a, b)| (a - b).abs() > 1e-3);
+        assert!(off(&window, &full), "{model}: the memory had nothing to do");
     }
 }
 
@@ -389,8 +416,11 @@ impl<P: ContextPolicy + Clone + 'static> ContextPolicy for Checked<P> {
                 for part in &plan.parts {
                     let ranges = match &part.keys {
                         Keys::Shared(ranges) => ranges,
-                        Keys::PerQueryHead(lists) => &lists[head],
-                        Keys::Gathered(gathered) => &gathered.tokens[head],
+                        // A list for each query head, or for each kv head.
+                        Keys::PerQueryHead(lists) => &lists[head * lists.len() / queries.num_heads],
+                        Keys::Gathered(gathered) => {
+                            &gathered.tokens[head * gathered.tokens.len() / queries.num_heads]
+                        }
                     };
                     for key in ranges.iter().cloned().flatten() {
                         let visible = match part.mask {
@@ -535,7 +565,8 @@ fn plans_are_causal_and_disjoint() {
             run(&mut Checked(Span::new(&config), 1), calls);
         }
         for text in [
-            "hip:k=12,block_q=4,block_k=3,window=6,sinks=2,dense_layers=0,refresh=3",
+            "hip:k=12,block_q=4,block_k=3,decode_block_k=3,share=none,window=6,sinks=2,dense_layers=0,refresh=3",
+            "hip:k=12,block_q=4,block_k=3,decode_block_k=5,share=always,window=6,sinks=2,dense_layers=0,refresh=3",
             "hip:k=8,block_q=8,block_k=2,window=5,sinks=0,dense_layers=0,refresh=1",
         ] {
             let Ok(ContextConfig::Hip(config)) = text.parse() else {
@@ -544,7 +575,8 @@ fn plans_are_causal_and_disjoint() {
             run(&mut Checked(Hip::new(&config), config.window), calls);
         }
         for text in [
-            "squeezed:0.5,obs=4,clusters=20",
+            "squeezed:0.5,obs=4,clusters=20,sinks=0,share=none,refresh=1",
+            "squeezed:0.5,obs=4,clusters=20,sinks=3,share=always,refresh=2",
             "squeezed:0.5,0.3,obs=4,clusters=40,coarse=9",
         ] {
             let Ok(ContextConfig::Squeezed(config)) = text.parse() else {

@@ -6,7 +6,7 @@ mod golden;
 mod rig;
 
 use golden::Case;
-use longspan_infer::context::hip::Representative;
+use longspan_infer::context::hip::{Representative, Share};
 use longspan_infer::context::squeezed::kmeans;
 use longspan_infer::context::{Hip, HipConfig, Squeezed, SqueezedConfig};
 use longspan_infer::kv::KeyForm;
@@ -29,6 +29,8 @@ fn run_hip(case: &Case, representative: &str) {
         k: size("k_mask") as u64,
         block_q: size("block_q"),
         block_k: size("block_k") as u64,
+        decode_block_k: size("block_k") as u64,
+        share: Share::None,
         stride_q: size("stride_q"),
         window: size("window") as u64,
         sinks: size("sinks") as u64,
@@ -161,6 +163,9 @@ fn squeezed(case: &Case, percentile: f64, lower: Option<f64>) -> SqueezedRun {
         lower,
         obs: case.meta_usize("obs"),
         iterations: case.meta_usize("kmeans_max_iters"),
+        sinks: 0,
+        refresh: 1,
+        share: Share::None,
         ..SqueezedConfig::default()
     };
     let mut policy = Squeezed::new(&config);

@@ -5,14 +5,20 @@
 //! [`cpu::Level`]: AMX, AVX-512, AVX2, portable.
 
 pub mod attention;
+pub mod autograd;
 pub mod block_scores;
 pub mod cpu;
 pub mod elementwise;
+pub mod fftconv;
 pub mod matmul;
 pub mod ops;
 pub mod pool;
 pub mod quant;
+pub mod recurrent;
+pub mod s4;
 pub mod slots;
+pub mod ssd;
 mod tile;
+pub mod vandermonde;
 #[cfg(target_arch = "x86_64")]
 mod words;

@@ -24,6 +24,7 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
             repeat,
         } => speed(prefill, decode, *tokens, *repeat, common),
         Bench::Decode(args) => crate::bench_decode::run(args, common),
+        Bench::Context(args) => crate::bench_context::run(args, common),
         Bench::Loss(args) => crate::probe::loss(args, common),
         Bench::FirstSentence(args) => crate::probe::first_sentence(args, common),
         Bench::KeyContext(args) => crate::probe::key_context(args, common),
@@ -42,7 +43,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// Plausible token ids: a fixed pseudo-random walk over the vocabulary.
-fn tokens(count: usize, vocab: usize) -> Vec<u32> {
+pub fn tokens(count: usize, vocab: usize) -> Vec<u32> {
     let mut state = 1u64;
     (0..count)
         .map(|_| {

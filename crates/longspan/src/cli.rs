@@ -49,6 +49,10 @@ Formats: txt, md, html, pdf, epub, source trees (a folder), - for standard input
 A text that fits the model's window is read whole; a longer one under InfLLM. --context overrides.
 A long reading that is interrupted goes on where it stopped when the same command is run again.
 
+In several calls, by a local model or a server:
+  longspan ask book.txt \"Who is the narrator?\" --workflow chain --window 4096 --trace calls.jsonl
+  longspan ask book.txt \"Who is the narrator?\" --endpoint http://localhost:8000/v1 --workflow rag
+
 Settings file (~/.config/longspan/config.toml):
   model = \"smollm2-135m\"
   threads = 4
@@ -66,8 +70,48 @@ Settings file (~/.config/longspan/config.toml):
   longspan generate \"The capital of France is\" --decode tree:budget=32 --pairs pairs.jsonl")]
     Generate(Generate),
     /// Talk with a model, line by line
-    #[command(after_help = "Example: longspan chat --model qwen2.5-coder-0.5b --context sinks")]
+    #[command(after_help = "Examples:
+  longspan chat --model qwen2.5-coder-0.5b --context sinks
+  longspan chat --model qwen2.5-coder-0.5b --memory scm --memory-file friend.sqlite")]
     Chat(Chat),
+    /// Find passages in a folder by words and by meaning
+    #[command(after_help = "Examples:
+  longspan search notes/ \"how was the cache invalidated\"
+  longspan search src/ parseConfig --retriever bm25 -k 5
+  longspan search books/ \"who betrays the king\" --json
+
+Reads txt, md, html, pdf, epub and source trees, without what git ignores. The index is kept in the user's
+cache folder; later searches read only what is new or changed. A build that is stopped goes on.")]
+    Search(crate::search::Search),
+    /// Write a long text: a plan first, then paragraph by paragraph
+    #[command(after_help = "Examples:
+  longspan write \"A history of the lighthouse, for children\" --words 5000 --out lighthouse.txt
+  longspan write \"A manual for beekeepers\" --words 8000 --endpoint http://localhost:8000/v1
+
+With --out, a run that was stopped goes on when the same command is run again.")]
+    Write(crate::write::Write),
+    /// Summarise documents or a meeting of any length
+    #[command(after_help = "Examples:
+  longspan summarize book.txt
+  longspan summarize meeting.json --out tree.json
+  longspan summarize book.epub --cache replies.sqlite
+
+With --cache, a run that was stopped goes on when the same command is run again.")]
+    Summarize(crate::summarize::Summarize),
+    /// Serve a model over HTTP: OpenAI-compatible, with documents read once, and a page to try it
+    #[command(after_help = "Examples:
+  longspan serve --model qwen2.5-coder-0.5b
+  longspan serve --listen 0.0.0.0:8080 --key-file key.txt --documents kept/
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
+
+The page is at /, the description for programs at /openapi.json, counters at /metrics. See docs/serve.md.")]
+    Serve(crate::serve::Serve),
+    /// Look into the calls of a workflow
+    Trace {
+        #[command(subcommand)]
+        what: crate::trace::Trace,
+    },
     /// Measure speed and fidelity on this machine
     Bench {
         #[command(subcommand)]
@@ -97,6 +141,24 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 the endpoint does not answer, 130 i
     /// Compare two runs, or the policies of one, on the same samples
     #[command(after_help = "Example: longspan compare runs/a runs/b --max-drop 0.02")]
     Compare(crate::eval::Compare),
+    /// Train a model from a configuration; a run that was stopped goes on
+    #[command(after_help = "Examples:
+  longspan train examples/train-sort.toml
+  longspan train examples/train-sort.toml --out runs/sort
+
+Checkpoints, events and the resolved configuration stand in the run's folder. Whatever stopped a run, the same command
+goes on from its newest checkpoint, bit for bit as if it had not stopped.")]
+    Train(crate::train::Train),
+    /// List, show and draw training runs
+    Runs {
+        #[command(subcommand)]
+        what: crate::train::Runs,
+    },
+    /// Test a paper's core claim at small scale: settings, values, verdict, figure
+    #[command(after_help = "Examples:
+  longspan reproduce s4
+  longspan reproduce nope --seeds 1 --out reproduced")]
+    Reproduce(crate::train::Reproduce),
     /// List the papers that Longspan implements
     Papers {
         /// Print the page of this paper
@@ -119,7 +181,7 @@ pub struct Common {
     /// What a long text's later tokens see: auto, full, window:N, sinks:N_INIT,N_LOCAL,
     /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=.., sirllm:top=..,decay=..,
     /// h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE, squeezed:PERCENTILE,LOWER,
-    /// hip:k=..,window=..,refresh=..
+    /// hip:k=..,window=..,refresh=.., cmr:WINDOW,CAPACITY
     #[arg(long, global = true, value_name = "POLICY")]
     pub context: Option<String>,
     /// Another rotary rule than the model's own, to read past its window: linear:FACTOR, power:EXPONENT,
@@ -238,6 +300,8 @@ pub struct Ask {
     pub reading: Reading,
     #[command(flatten)]
     pub sampling: Sampling,
+    #[command(flatten)]
+    pub workflow: crate::workflow_ask::WorkflowArgs,
 }
 
 #[derive(Args, Clone)]
@@ -276,6 +340,8 @@ pub struct Chat {
     #[arg(long)]
     pub system: Option<String>,
     #[command(flatten)]
+    pub memory: crate::memory_chat::MemoryArgs,
+    #[command(flatten)]
     pub sampling: Sampling,
 }
 
@@ -299,6 +365,15 @@ pub enum Bench {
         #[arg(long, default_value_t = 3)]
         repeat: usize,
     },
+    /// Context policies and rotary rules beside each other: speed, memory, loss, retrieval
+    #[command(after_help = "Examples:
+  longspan bench context --text book.txt --lengths 2k,8k,32k --methods full,window:4096,infllm,hip
+  longspan bench context --text book.txt --lengths 16k --methods full --ropes own,yarn:2,ntk:2,dynamic:2
+  longspan bench context --lengths 32k --measure cost --out runs/speed
+
+A table, the powers of length that costs grow with, and in --out: context.html, context.json and cells.jsonl.
+A run that was stopped goes on with the same command.")]
+    Context(crate::bench_context::ContextBench),
     /// A decoding strategy beside plain decoding: same text, passes over the model, speed
     #[command(
         after_help = "Example: longspan bench decode prompts.jsonl --decode lookahead:decoding_length=16"

@@ -2,7 +2,7 @@
 //! and what came of them.
 
 use crate::cli::Common;
-use crate::reading::{fitting_infllm, kv_dtype};
+use crate::reading::{free_memory, kv_dtype};
 use crate::{models, ui};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -17,7 +17,7 @@ use longspan_eval::target::*;
 use longspan_eval::task::{Prediction, SampleCx, Task, Unit};
 use longspan_eval::{EvalError, run};
 use longspan_infer::EngineOptions;
-use longspan_infer::context::{ContextConfig, InfLlmConfig};
+use longspan_infer::context::auto;
 use longspan_infer::decode::DecodeConfig;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -437,10 +437,7 @@ fn targets(args: &Eval, common: &Common) -> Result<Vec<Arc<dyn Target>>> {
     };
     let mut all: Vec<Arc<dyn Target>> = Vec::new();
     for policy in policies {
-        let mut context: ContextConfig = policy.parse().map_err(|e| exit(2, format!("{e}")))?;
-        if context == ContextConfig::InfLlm(InfLlmConfig::default()) {
-            context = ContextConfig::InfLlm(fitting_infllm(window));
-        }
+        let context = auto::parse(policy, window).map_err(|e| exit(2, format!("{e}")))?;
         let options = LocalOptions {
             engine: EngineOptions { kv, context },
             chat: match args.chat {
@@ -456,16 +453,6 @@ fn targets(args: &Eval, common: &Common) -> Result<Vec<Arc<dyn Target>>> {
         all.push(Arc::new(local.map_err(coded)?));
     }
     Ok(all)
-}
-
-/// Bytes of memory that programs can still get.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find(|line| line.starts_with("MemAvailable:"))?;
-    let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kilobytes * 1024)
 }
 
 fn list(registry: &Registry, common: &Common) -> Result<()> {

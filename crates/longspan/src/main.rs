@@ -2,16 +2,28 @@
 //! crates.
 
 mod bench;
+mod bench_context;
+mod bench_context_cell;
+mod bench_context_page;
 mod bench_decode;
+mod chat_model;
 mod cli;
 mod eval;
+mod memory_chat;
 mod models;
 mod papers;
 mod parity;
 mod probe;
 mod reading;
+mod search;
+mod serve;
 mod settings;
+mod summarize;
+mod trace;
+mod train;
 mod ui;
+mod workflow_ask;
+mod write;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
@@ -59,11 +71,19 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Prepare(args) => reading::prepare(&args, &common),
         Command::Generate(args) => reading::generate(&args, &common),
         Command::Chat(args) => reading::chat(&args, &common),
+        Command::Search(args) => search::search(&args, &common),
+        Command::Write(args) => write::write(&args, &common),
+        Command::Summarize(args) => summarize::summarize(&args, &common),
+        Command::Serve(args) => serve::serve(&args, &common),
+        Command::Trace { what } => trace::run(&what, &common),
         Command::Bench { what } => bench::run(&what, &common),
         Command::Eval(args) => eval::eval(&args, &common),
         Command::Score(args) => eval::score(&args, &common),
         Command::Report(args) => eval::report(&args, &common),
         Command::Compare(args) => eval::compare(&args, &common),
+        Command::Train(args) => train::train(&args, &common),
+        Command::Runs { what } => train::runs(&what, &common),
+        Command::Reproduce(args) => train::reproduce(&args, &common),
         Command::Papers { number } => papers::print(number, common.json),
         Command::Completions { shell } => {
             clap_complete::generate(

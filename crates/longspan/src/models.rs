@@ -80,7 +80,8 @@ impl Progress for Bars {
     }
 }
 
-fn obtain(spec: &str, quiet: bool) -> Result<PathBuf> {
+/// The file or folder of a model, downloaded if need be.
+pub fn obtain(spec: &str, quiet: bool) -> Result<PathBuf> {
     let bars = Bars::new(quiet);
     let path = hub::obtain(spec, &bars);
     if let Some((_, bar)) = bars

@@ -7,12 +7,13 @@ use anyhow::{Context, Result, bail};
 use longspan_agents::{Finish, Generation, Limits, Message, Role};
 use longspan_data::document::{self, Document};
 use longspan_data::tokenize::Special;
-use longspan_infer::context::{ContextConfig, InfLlmConfig};
+use longspan_infer::context::ContextConfig;
+use longspan_infer::context::auto::{self, Need};
 use longspan_infer::decode::{DecodeConfig, SamplingConfig, Strategy};
 use longspan_infer::engine::default_kv;
 use longspan_infer::prefix::PrefixCache;
 use longspan_infer::session::{KV_NAMES, Mode, SessionDir};
-use longspan_infer::{EngineError, EngineOptions, Sequence};
+use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
 use longspan_kernels::attention::KvDtype;
 use serde_json::json;
 use std::io::{self, BufRead, Write};
@@ -49,52 +50,42 @@ pub fn kv_dtype(common: &Common) -> Result<KvDtype> {
 }
 
 /// The policy for this many tokens, and why.
-fn choose(common: &Common, tokens: usize, window: u64) -> Result<(ContextConfig, String)> {
+fn choose(
+    common: &Common,
+    engine: &Engine,
+    kv: KvDtype,
+    tokens: usize,
+) -> Result<(ContextConfig, String)> {
     match common.context.as_deref() {
-        None | Some("auto") if tokens as u64 <= window => Ok((
-            ContextConfig::Full,
-            format!(
-                "{} tokens fit the model's window of {}",
-                ui::count(tokens as u64),
-                ui::count(window)
-            ),
-        )),
         None | Some("auto") => {
-            let config = fitting_infllm(window);
-            Ok((
-                ContextConfig::InfLlm(config),
-                format!(
-                    "{} tokens exceed the model's window of {}",
-                    ui::count(tokens as u64),
-                    ui::count(window)
-                ),
-            ))
+            let need = Need {
+                tokens: tokens as u64,
+                window: engine.window(),
+                kv_bytes_per_token: engine.kv_bytes_per_token(kv),
+                free_bytes: free_memory(),
+                cpu: engine.model().device().is_cpu(),
+            };
+            Ok(auto::choose(&need))
         }
-        Some(text) => {
-            let mut config: ContextConfig = text.parse()?;
-            if config == ContextConfig::InfLlm(InfLlmConfig::default()) {
-                config = ContextConfig::InfLlm(fitting_infllm(window));
-            }
-            Ok((config, "as asked".into()))
-        }
+        Some(text) => Ok((auto::parse(text, engine.window())?, "as asked".into())),
     }
 }
 
-/// InfLLM's defaults, scaled down for windows they do not fit in.
-pub fn fitting_infllm(window: u64) -> InfLlmConfig {
-    let mut config = InfLlmConfig::default();
-    while config.check(window).is_err() && config.exec_block > 1 {
-        config.exec_block /= 2;
-        config.block = (config.block / 2).max(1);
-        config.topk = (config.topk / 2).max(2);
-        config.n_init = (config.n_init / 2).max(1);
-        config.chunk = config.exec_block * 8;
-    }
-    config
+/// Bytes of memory that programs can still get.
+pub fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))?;
+    let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kilobytes * 1024)
 }
 
 /// `longspan ask`
 pub fn ask(args: &Ask, common: &Common) -> Result<()> {
+    if args.workflow.workflow.is_some() || args.workflow.chat_model.is_used() {
+        return crate::workflow_ask::ask(args, common);
+    }
     let sampling = SamplingArgs::new(&args.sampling, common)?;
     let kv = kv_dtype(common)?;
     let (question, files) = args
@@ -121,7 +112,7 @@ pub fn ask(args: &Ask, common: &Common) -> Result<()> {
     let prompt = model.ask(&join(&documents), question)?;
     let window = model.engine.window();
     let total = prompt.document.len() + prompt.question.len() + sampling.limits.max_tokens;
-    let (context, why) = choose(common, total, window)?;
+    let (context, why) = choose(common, &model.engine, kv, total)?;
     if prompt.question.len() as u64 + sampling.limits.max_tokens as u64 > window {
         bail!(
             "the question has {} tokens and the answer may have {}; together they exceed the model's window of {window}; shorten the question or lower --max-tokens",
@@ -202,15 +193,14 @@ pub fn prepare(args: &Prepare, common: &Common) -> Result<()> {
     let documents = read_documents(&args.files, &args.reading)?;
     let opened = models::open(common)?;
     let prompt = opened.model.ask(&join(&documents), "")?;
+    let kv = kv_dtype(common)?;
     let (context, why) = choose(
         common,
+        &opened.model.engine,
+        kv,
         prompt.document.len() + ROOM,
-        opened.model.engine.window(),
     )?;
-    let options = EngineOptions {
-        kv: kv_dtype(common)?,
-        context,
-    };
+    let options = EngineOptions { kv, context };
     if !common.json {
         eprintln!("context: {} ({why})", options.context);
     }
@@ -527,15 +517,14 @@ pub fn generate(args: &Generate, common: &Common) -> Result<()> {
     let opened = models::open(common)?;
     let model = &opened.model;
     let tokens = model.tokenizer.encode(&prompt, Special::ParseWithBos)?;
+    let kv = kv_dtype(common)?;
     let (context, _) = choose(
         common,
+        &model.engine,
+        kv,
         tokens.len() + sampling.limits.max_tokens,
-        model.engine.window(),
     )?;
-    let options = EngineOptions {
-        kv: kv_dtype(common)?,
-        context,
-    };
+    let options = EngineOptions { kv, context };
     let mut sequence = model.engine.sequence(&options, None)?;
     sequence.expect_length(tokens.len() + sampling.limits.max_tokens);
     answer(&opened, &mut sequence, &tokens, &sampling, common, None)
@@ -544,12 +533,22 @@ pub fn generate(args: &Generate, common: &Common) -> Result<()> {
 /// `longspan chat`
 pub fn chat(args: &Chat, common: &Common) -> Result<()> {
     let sampling = SamplingArgs::new(&args.sampling, common)?;
+    if args.memory.memory.is_some() {
+        let request = longspan_agents::chat::model::Request {
+            max_tokens: sampling.limits.max_tokens,
+            stop: sampling.limits.stop.clone(),
+            sampling: sampling.config.clone(),
+            decode: sampling.decode.clone(),
+            ..longspan_agents::chat::model::Request::chat(Vec::new())
+        };
+        return crate::memory_chat::chat(args, request, common);
+    }
     let opened = models::open(common)?;
     let model = &opened.model;
     let (context, _) = match common.context.as_deref() {
         // A talk has no length beforehand: a window's worth in full, then sinks.
         None | Some("auto") => ("sinks".parse()?, String::new()),
-        Some(_) => choose(common, 0, model.engine.window())?,
+        Some(_) => choose(common, &model.engine, kv_dtype(common)?, 0)?,
     };
     let options = EngineOptions {
         kv: kv_dtype(common)?,
@@ -680,7 +679,7 @@ impl SamplingArgs {
     }
 }
 
-fn read_documents(files: &[String], reading: &Reading) -> Result<Vec<Document>> {
+pub fn read_documents(files: &[String], reading: &Reading) -> Result<Vec<Document>> {
     let limits = document::Limits {
         max_bytes: reading.max_bytes,
         ..document::Limits::default()
@@ -701,7 +700,7 @@ fn read_documents(files: &[String], reading: &Reading) -> Result<Vec<Document>> 
     Ok(documents)
 }
 
-fn join(documents: &[Document]) -> String {
+pub fn join(documents: &[Document]) -> String {
     match documents {
         [only] => only.text.clone(),
         many => many

@@ -260,7 +260,7 @@ fn mistakes_are_named_with_their_exit_code() {
         "--out",
         "away",
     ];
-    fails(folder, &words, 3, "tried 1 times");
+    fails(folder, &words, 3, "/chat/completions");
     fails(
         folder,
         &["eval", "passkey", "--endpoint", &url],

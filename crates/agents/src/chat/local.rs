@@ -9,6 +9,7 @@ use longspan_infer::decode::{
 };
 use longspan_infer::{Engine, EngineError, Sequence};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What can go wrong between two texts.
@@ -48,7 +49,7 @@ pub struct Limits {
 }
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Finish {
     /// The model ended its turn, or a stop text came.
@@ -91,8 +92,8 @@ pub struct Written {
 
 /// See the module's text.
 pub struct LocalModel {
-    /// Runs the weights.
-    pub engine: Engine,
+    /// Runs the weights; shared with a scheduler that serves many requests.
+    pub engine: Arc<Engine>,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
@@ -103,7 +104,8 @@ const QUESTION: &str = "\u{1}question\u{1}";
 
 impl LocalModel {
     /// Puts the parts together; a checkpoint without a chat template gets plain prompts.
-    pub fn new(engine: Engine, tokenizer: Tokenizer) -> Result<Self, ModelError> {
+    pub fn new(engine: impl Into<Arc<Engine>>, tokenizer: Tokenizer) -> Result<Self, ModelError> {
+        let engine = engine.into();
         let text = |id: Option<u32>| {
             id.map(|id| String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned())
                 .unwrap_or_default()

@@ -18,7 +18,7 @@ mod tests;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub use error::DocumentError;
 
@@ -134,6 +134,21 @@ pub fn read(path: &Path, limits: &Limits) -> Result<Document, DocumentError> {
     let file = File::open(path).map_err(|error| DocumentError::from_io(path, error))?;
     let bytes = read_bounded(file, path, limits)?;
     from_bytes(&name, extension.as_deref(), &bytes, limits)
+}
+
+/// The files below the folder `path` that [`read`] would join, in path order, each to be read by itself, and a warning for
+/// each that could not be looked at; the path itself if it is a file.
+///
+/// # Errors
+/// When there is nothing at `path`.
+pub fn files(path: &Path) -> Result<(Vec<PathBuf>, Vec<String>), DocumentError> {
+    let metadata = std::fs::metadata(path).map_err(|error| DocumentError::from_io(path, error))?;
+    if metadata.is_file() {
+        return Ok((vec![path.to_path_buf()], Vec::new()));
+    }
+    let (entries, warnings) = tree::files(path);
+    let paths = entries.into_iter().map(|entry| entry.into_path());
+    Ok((paths.collect(), warnings))
 }
 
 /// Reads standard input to its end; the format is found from the content.

@@ -21,9 +21,9 @@ const BUILT: [&str; 8] = [
     "bower_components",
 ];
 
-/// Reads the folder `root`. Links are not followed, so that a tree cannot lead out of itself or in circles.
-pub(super) fn read(root: &Path, limits: &Limits) -> Result<Document, DocumentError> {
-    let name = root.display().to_string();
+/// The files of the folder `root` that are read, in path order, and what could not be looked at. Links are not followed,
+/// so that a tree cannot lead out of itself or in circles.
+pub(super) fn files(root: &Path) -> (Vec<ignore::DirEntry>, Vec<String>) {
     // Only what lies in the tree decides, not the user's own git settings: one tree gives one text on every machine.
     let walk = WalkBuilder::new(root)
         .require_git(false)
@@ -38,19 +38,24 @@ pub(super) fn read(root: &Path, limits: &Limits) -> Result<Document, DocumentErr
         })
         .sort_by_file_path(Path::cmp)
         .build();
-    let (mut joined, mut warnings, mut read_bytes) = (String::new(), Vec::new(), 0u64);
-    let mut binaries: Vec<String> = Vec::new();
+    let (mut files, mut warnings) = (Vec::new(), Vec::new());
     for entry in walk {
-        let entry = match entry {
-            Ok(entry) => entry,
-            Err(error) => {
-                warnings.push(format!("skipped: {error}"));
-                continue;
-            }
-        };
-        if !entry.file_type().is_some_and(|kind| kind.is_file()) {
-            continue;
+        match entry {
+            Ok(entry) if entry.file_type().is_some_and(|kind| kind.is_file()) => files.push(entry),
+            Ok(_) => {}
+            Err(error) => warnings.push(format!("skipped: {error}")),
         }
+    }
+    (files, warnings)
+}
+
+/// Reads the folder `root`.
+pub(super) fn read(root: &Path, limits: &Limits) -> Result<Document, DocumentError> {
+    let name = root.display().to_string();
+    let (files, mut warnings) = files(root);
+    let (mut joined, mut read_bytes) = (String::new(), 0u64);
+    let mut binaries: Vec<String> = Vec::new();
+    for entry in files {
         let relative = entry.path().strip_prefix(root).unwrap_or(entry.path());
         let relative = relative
             .to_string_lossy()

@@ -4,9 +4,10 @@
 mod effective;
 mod html;
 mod markdown;
-mod svg;
+pub mod svg;
 
 pub use effective::{Effective, effective};
+pub use html::STYLE;
 
 use crate::cell::{RunConfig, RunFolder, write_file, write_json};
 use crate::error::{EvalError, Result};
@@ -219,7 +220,7 @@ fn distinct<'a>(values: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 }
 
 /// A length for people: 512, 4k, 1.5k.
-fn length(length: usize) -> String {
+pub fn length(length: usize) -> String {
     match length {
         0..1000 => length.to_string(),
         _ if length.is_multiple_of(1024) => format!("{}k", length / 1024),
@@ -228,7 +229,7 @@ fn length(length: usize) -> String {
 }
 
 /// A figure for people: three places below 10, fewer above.
-fn figure(value: f64) -> String {
+pub fn figure(value: f64) -> String {
     match value.abs() {
         x if x.is_nan() => "-".into(),
         x if x < 10.0 => format!("{value:.3}"),

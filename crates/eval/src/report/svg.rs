@@ -20,10 +20,12 @@ pub fn escape(text: &str) -> String {
 }
 
 /// Line colours, told apart by people with colour-blindness too (Okabe and Ito).
-const COLOURS: [&str; 8] = [
+const COLOURS: [&str; 12] = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8860b",
+    "#882255", "#117733", "#332288", "#aa4499",
 ];
 
+/// The colour of a series.
 pub fn colour(index: usize) -> &'static str {
     COLOURS[index % COLOURS.len()]
 }
@@ -274,7 +276,7 @@ pub fn curves(curves: &[Curve], x_name: &str, y_name: &str, zero_to_one: bool) -
     out
 }
 
-/// Named points: quality over cost (x linear from 0).
+/// Named points: quality over cost (x linear from 0). A point that is not finite stays out and keeps its colour.
 pub fn scatter(
     points: &[(String, f64, f64)],
     x_name: &str,
@@ -302,6 +304,9 @@ pub fn scatter(
         );
     }
     for (index, (name, x, v)) in points.iter().enumerate() {
+        if !x.is_finite() || !v.is_finite() {
+            continue;
+        }
         let _ = write!(
             out,
             "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"6\" fill=\"{}\" fill-opacity=\"0.85\"><title>{}: {} at {}</title></circle>",

@@ -27,6 +27,19 @@ pub enum Representative {
     First,
 }
 
+/// Which query heads search together: the union of their queries rates a key block, and they see the same keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Share {
+    /// None, as published.
+    None,
+    /// The heads of a kv head, while decoding: one pass over its keys serves them all.
+    #[default]
+    Decode,
+    /// The heads of a kv head, always.
+    Always,
+}
+
 /// `hip:k=512,block_q=64,block_k=2,...`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -37,6 +50,11 @@ pub struct HipConfig {
     pub block_q: usize,
     /// Tokens of a key block.
     pub block_k: u64,
+    /// Tokens of a key block while decoding, where the search is bound by memory: the store keeps 16 keys to a
+    /// cache line, so that smaller blocks read no less.
+    pub decode_block_k: u64,
+    /// Which query heads search together.
+    pub share: Share,
     /// Every how many of a block's queries take part in its search.
     pub stride_q: usize,
     /// Last tokens always seen.
@@ -59,6 +77,8 @@ impl Default for HipConfig {
             k: 512,
             block_q: 64,
             block_k: 2,
+            decode_block_k: 16,
+            share: Share::Decode,
             stride_q: 2,
             window: 256,
             sinks: 16,
@@ -77,6 +97,7 @@ impl HipConfig {
             ("k", self.k),
             ("block_q", self.block_q as u64),
             ("block_k", self.block_k),
+            ("decode_block_k", self.decode_block_k),
             ("stride_q", self.stride_q as u64),
             ("window", self.window),
             ("refresh", self.refresh),
@@ -88,10 +109,16 @@ impl HipConfig {
                 self.block_q,
                 full::CHUNK
             )),
-            None if self.block_k > 64 => {
-                Err(format!("block_k is {}, expected at most 64", self.block_k))
+            None => {
+                let blocks = [
+                    ("block_k", self.block_k),
+                    ("decode_block_k", self.decode_block_k),
+                ];
+                match blocks.iter().find(|(_, size)| *size > 64) {
+                    Some((name, size)) => Err(format!("{name} is {size}, expected at most 64")),
+                    None => Ok(()),
+                }
             }
-            None => Ok(()),
         }
     }
 }
@@ -155,7 +182,7 @@ struct Cached {
     age: u64,
     /// Tokens below had left the window when the search was made.
     cut: u64,
-    /// Per query head: selected tokens and sinks.
+    /// Per query head, or per kv head where its heads share a search: selected tokens and sinks.
     tokens: Vec<Vec<Range<u64>>>,
     /// Copies of those below `cut`; made anew after loading.
     copies: Option<Arc<Gathered>>,
@@ -184,12 +211,13 @@ impl Hip {
         }
     }
 
-    /// First tokens of the key blocks that a layer's last search selected, per query head.
+    /// First tokens of the key blocks that a layer's last search selected, per query head, or per kv head where its
+    /// heads search together.
     pub fn selected(&self, layer: usize) -> &[Vec<u64>] {
         self.selected.get(layer).map_or(&[], Vec::as_slice)
     }
 
-    /// Searches for one block of queries: selected tokens per query head; None when that is all.
+    /// Searches for one block of queries: selected tokens per query or kv head; None when that is all.
     fn select(
         &mut self,
         at: LayerAt,
@@ -199,17 +227,30 @@ impl Hip {
         let config = &self.config;
         let visible = at.end();
         let reach = visible.saturating_sub(config.window);
-        let blocks = reach.div_ceil(config.block_k) as usize;
+        let (heads, dim) = (queries.num_heads, queries.head_dim);
+        let layout = store.layout();
+        let decodes = at.queries == 1;
+        let shares = match config.share {
+            Share::None => false,
+            Share::Decode => decodes,
+            Share::Always => true,
+        };
+        let units = if shares { layout.num_kv_heads } else { heads };
+        let width = if decodes {
+            config.decode_block_k
+        } else {
+            config.block_k
+        };
+        let blocks = reach.div_ceil(width) as usize;
         if reach <= config.k {
-            self.selected[at.layer] = (0..queries.num_heads)
-                .map(|_| (0..blocks as u64).map(|b| b * config.block_k).collect())
+            self.selected[at.layer] = (0..units)
+                .map(|_| (0..blocks as u64).map(|b| b * width).collect())
                 .collect();
             return Ok(None);
         }
-        let beams = config.k.div_ceil(config.block_k) as usize;
+        let beams = config.k.div_ceil(width) as usize;
 
-        // Sampled queries, rotated: [heads][rows][head_dim].
-        let (heads, dim) = (queries.num_heads, queries.head_dim);
+        // Sampled queries, rotated: [heads][rows][head_dim], so that heads of a kv head lie together.
         let rows: Vec<usize> = if at.queries < config.stride_q {
             (0..at.queries).collect()
         } else {
@@ -227,22 +268,22 @@ impl Hip {
             }
         }
 
-        let layout = store.layout();
-        let group = heads / layout.num_kv_heads;
+        let group = units / layout.num_kv_heads;
+        let of_unit = heads / units * rows.len() * dim;
         let planes = store.key_planes(at.layer, visible, KeyForm::Rotated)?;
-        let mut found: Vec<(Vec<usize>, u64)> = vec![(Vec::new(), 0); heads];
+        let mut found: Vec<(Vec<usize>, u64)> = vec![(Vec::new(), 0); units];
         let slots = SharedMut::new(&mut found);
-        let one_head = |head: usize| {
-            let section = layout.section(head / group);
-            let query = &sampled[head * rows.len() * dim..(head + 1) * rows.len() * dim];
+        let one_unit = |unit: usize| {
+            let section = layout.section(unit / group);
+            let query = &sampled[unit * of_unit..(unit + 1) * of_unit];
             let (mut scored, mut pieces, mut owners, mut partial) =
                 (0, Vec::new(), Vec::new(), Vec::new());
             let blocks = search(blocks, beams, config.representative, |blocks, out| {
                 pieces.clear();
                 owners.clear();
                 for (index, &block) in blocks.iter().enumerate() {
-                    let mut token = block as u64 * config.block_k;
-                    let end = (token + config.block_k).min(visible);
+                    let mut token = block as u64 * width;
+                    let end = (token + width).min(visible);
                     scored += end - token;
                     while token < end {
                         let (page, slot) = store.place(token);
@@ -267,13 +308,12 @@ impl Hip {
                     out[owner] = out[owner].max(score);
                 }
             });
-            // SAFETY: each head has a slot of its own.
-            unsafe { slots.slice(head, 1)[0] = (blocks, scored) };
+            // SAFETY: each unit has a slot of its own.
+            unsafe { slots.slice(unit, 1)[0] = (blocks, scored) };
         };
-        Pool::global().for_each(heads, one_head);
-        self.searches += heads as u64;
+        Pool::global().for_each(units, one_unit);
+        self.searches += units as u64;
         self.scored += found.iter().map(|(_, scored)| scored).sum::<u64>();
-        let width = config.block_k;
         self.selected[at.layer] = found
             .iter()
             .map(|(blocks, _)| blocks.iter().map(|&b| b as u64 * width).collect())
@@ -359,12 +399,11 @@ impl ContextPolicy for Hip {
             self.layers[at.layer].tokens = tokens;
         }
         let cached = &mut self.layers[at.layer];
-        if cached.tokens.len() != queries.num_heads {
+        let (units, kv_heads) = (cached.tokens.len(), store.layout().num_kv_heads);
+        if units != queries.num_heads && units != kv_heads {
             return Err(io::Error::other(format!(
-                "HiP: layer {} has selections of {} heads, expected {}",
-                at.layer,
-                cached.tokens.len(),
-                queries.num_heads
+                "HiP: layer {} has selections of {units} heads, expected {} or {kv_heads}",
+                at.layer, queries.num_heads
             )));
         }
         let (far, near): (Vec<_>, Vec<_>) = cached

@@ -8,8 +8,8 @@ mod cache;
 mod state;
 
 use super::{
-    Angle, ColumnSums, ContextPolicy, Keys, LayerAt, Part, Plan, PolicyReport, PolicySpec, Queries,
-    Window,
+    Angle, ColumnSums, ContextPolicy, Keys, LayerAt, Looks, Part, Plan, PolicyReport, PolicySpec,
+    Queries, Window,
 };
 use crate::kv::{KeyForm, KvStore};
 use cache::BlockCache;
@@ -118,6 +118,8 @@ pub struct InfLlm {
     n_local: u64,
     layers: Vec<LayerState>,
     report: PolicyReport,
+    /// Picks of each block, if somebody watches.
+    looks: Option<Looks>,
 }
 
 impl InfLlm {
@@ -129,6 +131,7 @@ impl InfLlm {
             n_local,
             layers: Vec::new(),
             report: PolicyReport::default(),
+            looks: None,
         }
     }
 
@@ -384,6 +387,11 @@ impl ContextPolicy for InfLlm {
             .admit(at.layer, &all, layer.st, &self.config, store)?;
         self.report.loads += layer.cache.loads - before.0;
         self.report.hits += layer.cache.hits - before.1;
+        if let Some(looks) = &mut self.looks {
+            let weight = 1.0 / picks.len() as f32;
+            let picks = picks.iter().flatten();
+            picks.for_each(|&block| looks.add(block as u64, weight));
+        }
         layer.picked = all;
 
         let layer = &self.layers[at.layer];
@@ -471,6 +479,17 @@ impl ContextPolicy for InfLlm {
         state::load(self, input)
     }
 
+    fn watch(&mut self) {
+        self.looks = Some(Looks::default());
+    }
+
+    fn looked(&self) -> Vec<(Range<u64>, f32)> {
+        let looks = self.looks.as_ref();
+        looks.map_or(Vec::new(), |looks| {
+            looks.shares(|block| self.block_tokens(block as usize))
+        })
+    }
+
     fn report(&self) -> PolicyReport {
         PolicyReport {
             blocks: self.layers.iter().map(|layer| layer.blocks as u64).sum(),
@@ -508,6 +527,19 @@ impl InfLlm {
 }
 
 impl InfLlmConfig {
+    /// The defaults, scaled down for windows that they do not fit in.
+    pub fn fitting(window: u64) -> Self {
+        let mut config = InfLlmConfig::default();
+        while config.check(window).is_err() && config.exec_block > 1 {
+            config.exec_block /= 2;
+            config.block = (config.block / 2).max(1);
+            config.topk = (config.topk / 2).max(2);
+            config.n_init = (config.n_init / 2).max(1);
+            config.chunk = config.exec_block * 8;
+        }
+        config
+    }
+
     /// `n_local` with its default for a model of this window.
     pub fn local(&self, window: u64) -> u64 {
         self.n_local.unwrap_or(window / 4).max(1)

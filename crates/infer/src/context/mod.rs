@@ -8,11 +8,13 @@
 //! Every position that a plan names is an index of the store: the token's number in the text, or
 //! its slot for policies that rearrange what they keep.
 
+pub mod auto;
 pub mod full;
 pub mod h2o;
 pub mod hip;
 pub mod infllm;
 pub mod lm_infinite;
+pub mod reweave;
 pub mod sinks;
 pub mod sirllm;
 pub mod span;
@@ -25,10 +27,11 @@ pub use h2o::{H2o, H2oConfig};
 pub use hip::{Hip, HipConfig};
 pub use infllm::{InfLlm, InfLlmConfig};
 pub use lm_infinite::{LmInfinite, LmInfiniteConfig};
+pub use reweave::{Cmr, CmrConfig};
 pub use sinks::{Sinks, SinksConfig};
 pub use sirllm::{SirLlm, SirLlmConfig};
 pub use span::{Span, SpanConfig};
-pub use spec::{ContextConfig, ContextError};
+pub use spec::{ContextConfig, ContextError, POLICIES};
 pub use squeezed::{Squeezed, SqueezedConfig};
 pub use window::{Window, WindowConfig};
 
@@ -56,9 +59,9 @@ pub enum Angle {
 pub enum Keys {
     /// The same for every head.
     Shared(Vec<Range<u64>>),
-    /// One list per query head.
+    /// One list per query head, or one per kv head that its query heads share.
     PerQueryHead(Vec<Vec<Range<u64>>>),
-    /// One list per query head, copied to pages of their own; only under [`Mask::All`].
+    /// One list per query head or per kv head, copied to pages of their own; only under [`Mask::All`].
     Gathered(Arc<Gathered>),
 }
 
@@ -231,6 +234,49 @@ impl ColumnSums {
     }
 }
 
+/// Attention received by tokens, or picks, since somebody asked to watch.
+#[derive(Clone, Debug, Default)]
+struct Looks(Vec<f32>);
+
+impl Looks {
+    /// Adds to a unit: a block, or a stretch of [`Looks::STRETCH`] tokens.
+    fn add(&mut self, unit: u64, weight: f32) {
+        let unit = unit as usize;
+        if self.0.len() <= unit {
+            self.0.resize(unit + 1, 0.0);
+        }
+        self.0[unit] += weight;
+    }
+
+    /// Tokens of a stretch, where there are no blocks.
+    const STRETCH: u64 = 32;
+
+    /// Adds the column sums of a part.
+    fn add_sums(&mut self, sums: &ColumnSums, num_heads: usize) {
+        for (stretch, weight) in sums.by_tokens(num_heads, |token| token / Self::STRETCH) {
+            self.add(stretch, weight);
+        }
+    }
+
+    /// Shares of the whole, by the tokens of units that were looked at.
+    fn shares(&self, tokens: impl Fn(u64) -> Range<u64>) -> Vec<(Range<u64>, f32)> {
+        let total: f32 = self.0.iter().sum();
+        let units = self
+            .0
+            .iter()
+            .enumerate()
+            .filter(|(_, weight)| **weight > 0.0);
+        units
+            .map(|(unit, weight)| (tokens(unit as u64), weight / total))
+            .collect()
+    }
+
+    /// The same for stretches, of a text of `len` tokens.
+    fn stretches(&self, len: u64) -> Vec<(Range<u64>, f32)> {
+        self.shares(|unit| unit * Self::STRETCH..((unit + 1) * Self::STRETCH).min(len))
+    }
+}
+
 /// What a policy has done, for people.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct PolicyReport {
@@ -358,6 +404,15 @@ pub trait ContextPolicy: Send {
     /// Tokens kept by choice, by their numbers in the text, with what each is worth: of all layers
     /// where they choose together, else of none.
     fn kept(&self) -> Vec<(u64, f32)> {
+        Vec::new()
+    }
+
+    /// From now on, note where queries look.
+    fn watch(&mut self) {}
+
+    /// Where queries have looked since [`ContextPolicy::watch`]: ranges of tokens, ascending, each with its share of
+    /// the attention or of the picks, all layers and heads together. Empty where a policy does not tell.
+    fn looked(&self) -> Vec<(Range<u64>, f32)> {
         Vec::new()
     }
 

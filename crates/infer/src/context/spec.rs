@@ -34,6 +34,8 @@ pub enum ContextConfig {
     Squeezed(SqueezedConfig),
     /// HiP.
     Hip(HipConfig),
+    /// Contextual Memory Reweaving, without training.
+    Cmr(CmrConfig),
 }
 
 /// A configuration that cannot be used. The text names option, value found and what is allowed.
@@ -44,7 +46,22 @@ pub struct ContextError {
     reason: String,
 }
 
-const KNOWN: &str = "full, window:SIZE, sinks:N_INIT,N_LOCAL, lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=...,block=...,topk=..., sirllm:top=...,decay=..., h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE,sinks=..., squeezed:PERCENTILE,LOWER, hip:k=...,window=...,refresh=...";
+/// Names of all policies.
+pub const POLICIES: [&str; 11] = [
+    "full",
+    "window",
+    "sinks",
+    "lm-infinite",
+    "infllm",
+    "sirllm",
+    "h2o",
+    "span",
+    "squeezed",
+    "hip",
+    "cmr",
+];
+
+const KNOWN: &str = "full, window:SIZE, sinks:N_INIT,N_LOCAL, lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=...,block=...,topk=..., sirllm:top=...,decay=..., h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE,sinks=..., squeezed:PERCENTILE,LOWER, hip:k=...,window=...,refresh=..., cmr:WINDOW,CAPACITY,keep=...";
 
 impl ContextConfig {
     /// Makes the policy for a model with this trained window (tokens).
@@ -56,7 +73,7 @@ impl ContextConfig {
             })
         };
         Ok(match self {
-            ContextConfig::Full => Box::new(Full),
+            ContextConfig::Full => Box::new(Full::default()),
             ContextConfig::Window(config) => match config.size.unwrap_or(window) {
                 0 => return refuse("size is 0, expected at least 1".into()),
                 size => Box::new(Window::new(size)),
@@ -100,6 +117,10 @@ impl ContextConfig {
                 Err(reason) => return refuse(reason),
                 Ok(()) => Box::new(Hip::new(config)),
             },
+            ContextConfig::Cmr(config) => match config.check(window) {
+                Err(reason) => return refuse(reason),
+                Ok(()) => Box::new(Cmr::new(config, window)),
+            },
         })
     }
 
@@ -116,6 +137,7 @@ impl ContextConfig {
             ContextConfig::Span(_) => "span",
             ContextConfig::Squeezed(_) => "squeezed",
             ContextConfig::Hip(_) => "hip",
+            ContextConfig::Cmr(_) => "cmr",
         }
     }
 }
@@ -158,6 +180,9 @@ impl FromStr for ContextConfig {
                 .map_err(wrap),
             "hip" => parse(parameters, &["k"])
                 .map(ContextConfig::Hip)
+                .map_err(wrap),
+            "cmr" => parse(parameters, &["window", "capacity"])
+                .map(ContextConfig::Cmr)
                 .map_err(wrap),
             _ => Err(wrap(format!("unknown policy {name:?}; known: {KNOWN}"))),
         }
@@ -220,7 +245,10 @@ mod tests {
             "span:full=every-5,local=block-prev-256,sinks=0",
             "span:full=3+9,local=window-64",
             "squeezed:0.9,0.5",
-            "hip:k=1024,window=512,representative=first,prefill=false",
+            "hip:k=1024,window=512,representative=first,prefill=false,share=always",
+            "squeezed:0.9,sinks=0,refresh=8,share=none",
+            "cmr:layers=3",
+            "cmr:512,64,layers=3+7,distance=own",
         ] {
             let config: ContextConfig = text.parse().unwrap();
             assert_eq!(
@@ -243,6 +271,7 @@ mod tests {
             ("span:local=row-3", "block-prev-SIZE"),
             ("h2o:positions=far", "absolute"),
             ("hip:beams=3", "beams"),
+            ("cmr:distance=far", "own"),
         ] {
             let error = text.parse::<ContextConfig>().unwrap_err().to_string();
             assert!(error.contains(word) && error.contains(text), "{error}");

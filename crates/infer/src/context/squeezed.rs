@@ -7,8 +7,9 @@
 pub mod kmeans;
 mod state;
 
+use super::hip::Share;
 use super::{Call, ContextPolicy, Keys, LayerAt, Part, Plan, PolicyReport, PolicySpec, Queries};
-use crate::kv::{KeyForm, KvStore};
+use crate::kv::{Gathered, KeyForm, KvStore};
 use longspan_kernels::attention::Mask;
 use longspan_kernels::block_scores::{Panels, cluster_scores};
 use longspan_kernels::elementwise::dot;
@@ -33,6 +34,13 @@ pub struct SqueezedConfig {
     pub coarse: f64,
     /// Last tokens of the prefix: they set the thresholds and are always seen.
     pub obs: usize,
+    /// First tokens of the prefix that are always seen and not clustered: a model leans on them, and a cluster
+    /// hides what it leans on.
+    pub sinks: usize,
+    /// Decoded tokens that share a choice of clusters; 1 is the paper's.
+    pub refresh: u64,
+    /// Which query heads see what any of them chose.
+    pub share: Share,
     /// Most rounds of k-means.
     pub iterations: usize,
     /// Seed of the first centres.
@@ -47,6 +55,9 @@ impl Default for SqueezedConfig {
             clusters: 5.0,
             coarse: 1.0,
             obs: 100,
+            sinks: 4,
+            refresh: 1,
+            share: Share::Decode,
             iterations: 300,
             seed: 0,
         }
@@ -73,6 +84,9 @@ impl SqueezedConfig {
         }
         if self.obs == 0 {
             return Err("obs is 0, expected at least 1".into());
+        }
+        if self.refresh == 0 {
+            return Err("refresh is 0, expected at least 1".into());
         }
         Ok(())
     }
@@ -266,13 +280,27 @@ pub fn quantiles(mut scores: Vec<(f32, f32)>, quantiles: &[f64]) -> Vec<f32> {
 /// What is known of a sealed prefix.
 #[derive(Debug, Default, PartialEq)]
 struct Index {
-    /// Tokens of the prefix, and those of them that are clustered.
+    /// Tokens of the prefix; those before and below `clustered` are clustered, but for the first `sinks`.
     prefix: u64,
+    sinks: u64,
     clustered: u64,
     threshold: f32,
     coarse_threshold: Option<f32>,
     /// By layer and kv head; empty for layers that the policy does not govern.
     clusters: Vec<Vec<Clusters>>,
+}
+
+/// A choice of clusters shared by decoded tokens.
+#[derive(Clone, Default)]
+struct Cached {
+    /// Position that may use it next.
+    next: u64,
+    /// Tokens that have used it.
+    age: u64,
+    /// Per query head, or per kv head: slots of the prefix, the first tokens among them.
+    slots: Vec<Vec<Range<u64>>>,
+    /// Copies of them; made anew after loading.
+    copies: Option<Arc<Gathered>>,
 }
 
 /// See the module's text.
@@ -285,6 +313,8 @@ pub struct Squeezed {
     queries: Vec<Vec<f32>>,
     num_heads: usize,
     index: Option<Arc<Index>>,
+    /// By layer, while decoding.
+    cached: Vec<Cached>,
     scored: u64,
     offered: u64,
     taken: u64,
@@ -302,6 +332,7 @@ impl Squeezed {
             queries: Vec::new(),
             num_heads: 0,
             index: None,
+            cached: Vec::new(),
             scored: 0,
             offered: 0,
             taken: 0,
@@ -329,7 +360,8 @@ impl Squeezed {
         first: Start<'_>,
     ) -> io::Result<()> {
         let (layout, prefix) = (store.layout(), store.len(layers[0]));
-        let (n, dim) = (prefix as usize - self.config.obs, layout.head_dim);
+        let sinks = self.config.sinks;
+        let (n, dim) = (prefix as usize - self.config.obs - sinks, layout.head_dim);
         let kv_heads = layout.num_kv_heads;
         let tasks: Vec<(usize, usize)> = layers
             .iter()
@@ -340,7 +372,7 @@ impl Squeezed {
         let slots = SharedMut::new(&mut made);
         let one = |task: usize| {
             let (layer, head) = tasks[task];
-            let result = keys_of(store, layer, head, n).map(|keys| {
+            let result = keys_of(store, layer, head, sinks..sinks + n).map(|keys| {
                 let points = kmeans::normalised(&keys, dim);
                 let (k, coarse) = sizes;
                 let iterations = self.config.iterations;
@@ -362,10 +394,12 @@ impl Squeezed {
         let mut clusters: Vec<Vec<Clusters>> = vec![Vec::new(); store.num_layers()];
         let mut orders: Vec<Vec<Vec<u64>>> = vec![Vec::new(); store.num_layers()];
         for (&(layer, _), made) in tasks.iter().zip(made) {
-            let (made, mut order) = made?;
-            order.extend(n as u64..prefix);
+            let (made, order) = made?;
+            let sinks = sinks as u64;
+            let order = order.into_iter().map(|key| sinks + key);
+            let order = (0..sinks).chain(order).chain(sinks + n as u64..prefix);
             clusters[layer].push(made);
-            orders[layer].push(order);
+            orders[layer].push(order.collect());
         }
         for &layer in layers {
             store.rearrange(layer, &orders[layer], false)?;
@@ -393,13 +427,61 @@ impl Squeezed {
         };
         self.index = Some(Arc::new(Index {
             prefix,
-            clustered: n as u64,
+            sinks: sinks as u64,
+            clustered: (sinks + n) as u64,
             threshold: at(fine, self.config.percentile),
             coarse_threshold: self.config.lower.map(|lower| at(coarse, lower)),
             clusters,
         }));
         self.queries = Vec::new();
+        self.cached = vec![Cached::default(); store.num_layers()];
         Ok(())
+    }
+
+    /// The slots of the prefix that a block's queries see, per query head, or per kv head where `shares`.
+    fn choose(
+        &mut self,
+        index: &Index,
+        at: LayerAt,
+        queries: &Queries<'_>,
+        store: &KvStore,
+        shares: bool,
+    ) -> io::Result<Vec<Vec<Range<u64>>>> {
+        let (heads, dim) = (queries.num_heads, queries.head_dim);
+        let kv_heads = store.layout().num_kv_heads;
+        let clusters = index.clusters.get(at.layer).map_or(&[][..], Vec::as_slice);
+        let fits = |c: &Clusters| c.centroids.len() == (c.starts.len() - 1) * dim;
+        if clusters.len() != kv_heads || !clusters.iter().all(fits) {
+            return Err(io::Error::other(format!(
+                "Squeezed Attention: layer {} has clusters of {} kv heads, expected {kv_heads} of width {dim}",
+                at.layer,
+                clusters.len()
+            )));
+        }
+        let group = heads / kv_heads;
+        let rows = rotated(at, queries, 0);
+        let mut kept: Vec<(Vec<Range<u64>>, u64)> = vec![(Vec::new(), 0); heads];
+        let slots = SharedMut::new(&mut kept);
+        let one = |head: usize| {
+            let queries = of_head(&rows, heads, dim, head);
+            let (threshold, coarse) = (index.threshold, index.coarse_threshold);
+            let found = clusters[head / group].kept(&queries, self.scale, threshold, coarse);
+            // SAFETY: each head has a slot of its own.
+            unsafe { slots.slice(head, 1)[0] = found };
+        };
+        Pool::global().for_each(heads, one);
+        self.scored += kept.iter().map(|(_, looked)| looked).sum::<u64>();
+        self.offered += heads as u64 * (index.clustered - index.sinks);
+        let taken = kept.iter().flat_map(|(ranges, _)| ranges);
+        self.taken += taken.map(|range| range.end - range.start).sum::<u64>();
+        let together = if shares { group } else { 1 };
+        let lists = kept.chunks(together).map(|heads| {
+            let ranges = heads.iter().flat_map(|(ranges, _)| ranges);
+            let moved = ranges.map(|r| index.sinks + r.start..index.sinks + r.end);
+            let sinks = (index.sinks > 0).then_some(0..index.sinks);
+            union(sinks.into_iter().chain(moved).collect())
+        });
+        Ok(lists.collect())
     }
 
     /// [`ContextPolicy::seal`] with given cluster counts and first centres, for goldens.
@@ -414,12 +496,30 @@ impl Squeezed {
     }
 }
 
-/// Rotated keys of slots 0..n of one head: [n, head_dim].
-fn keys_of(store: &KvStore, layer: usize, kv_head: usize, n: usize) -> io::Result<Vec<f32>> {
+/// Ranges in ascending order, those that touch or overlap as one.
+fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut all: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match all.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => all.push(range),
+        }
+    }
+    all
+}
+
+/// Rotated keys of some slots of one head: [slots, head_dim].
+fn keys_of(
+    store: &KvStore,
+    layer: usize,
+    kv_head: usize,
+    slots: Range<usize>,
+) -> io::Result<Vec<f32>> {
     let layout = store.layout();
-    let planes = store.key_planes(layer, n as u64, KeyForm::Rotated)?;
-    let mut keys = vec![0f32; n * layout.head_dim];
-    for (slot, key) in keys.chunks_exact_mut(layout.head_dim).enumerate() {
+    let planes = store.key_planes(layer, slots.end as u64, KeyForm::Rotated)?;
+    let mut keys = vec![0f32; slots.len() * layout.head_dim];
+    for (slot, key) in slots.zip(keys.chunks_exact_mut(layout.head_dim)) {
         let (page, slot) = store.place(slot as u64);
         layout.read_key(planes[page], kv_head, slot, key);
     }
@@ -464,7 +564,7 @@ impl ContextPolicy for Squeezed {
         let Some(&layer) = layers.first() else {
             return Ok(());
         };
-        let n = (store.len(layer) as usize).saturating_sub(self.config.obs);
+        let n = (store.len(layer) as usize).saturating_sub(self.config.obs + self.config.sinks);
         // A text of little more than the observed tokens is read as it is.
         if self.index.is_some() || n == 0 || self.queries.is_empty() {
             return Ok(());
@@ -506,48 +606,56 @@ impl ContextPolicy for Squeezed {
         queries: &Queries<'_>,
         store: &mut KvStore,
     ) -> io::Result<Plan> {
-        let Some(index) = &self.index else {
+        let Some(index) = self.index.clone() else {
             return Ok(Plan {
                 parts: vec![Part::causal(0..at.end())],
             });
         };
-        let (heads, dim) = (queries.num_heads, queries.head_dim);
-        let kv_heads = store.layout().num_kv_heads;
-        let clusters = index.clusters.get(at.layer).map_or(&[][..], Vec::as_slice);
-        let fits = |c: &Clusters| c.centroids.len() == (c.starts.len() - 1) * dim;
-        if clusters.len() != kv_heads || !clusters.iter().all(fits) {
+        let decodes = at.queries == 1;
+        let shares = match self.config.share {
+            Share::None => false,
+            Share::Decode => decodes,
+            Share::Always => true,
+        };
+        let dense = Part::causal(index.clustered..at.end());
+        let sparse = |keys: Keys| Part {
+            keys,
+            mask: Mask::All,
+            ..Part::causal(0..0)
+        };
+        // A choice that serves one call is read where it lies; one that is shared is copied together first.
+        if !decodes || self.config.refresh == 1 {
+            self.cached[at.layer] = Cached::default();
+            let lists = self.choose(&index, at, queries, store, shares)?;
+            return Ok(Plan {
+                parts: vec![sparse(Keys::PerQueryHead(lists)), dense],
+            });
+        }
+        let cached = &self.cached[at.layer];
+        let fresh = cached.next == at.start && cached.age < self.config.refresh;
+        if !fresh || cached.slots.is_empty() {
+            self.cached[at.layer] = Cached {
+                slots: self.choose(&index, at, queries, store, shares)?,
+                ..Cached::default()
+            };
+        }
+        let cached = &mut self.cached[at.layer];
+        let (lists, kv_heads) = (cached.slots.len(), store.layout().num_kv_heads);
+        if lists != queries.num_heads && lists != kv_heads {
             return Err(io::Error::other(format!(
-                "Squeezed Attention: layer {} has clusters of {} kv heads, expected {kv_heads} of width {dim}",
-                at.layer,
-                clusters.len()
+                "Squeezed Attention: layer {} has choices of {lists} heads, expected {} or {kv_heads}",
+                at.layer, queries.num_heads
             )));
         }
-        let group = heads / clusters.len();
-        let rows = rotated(at, queries, 0);
-        let mut kept: Vec<(Vec<Range<u64>>, u64)> = vec![(Vec::new(), 0); heads];
-        let slots = SharedMut::new(&mut kept);
-        let one = |head: usize| {
-            let queries = of_head(&rows, heads, dim, head);
-            let (threshold, coarse) = (index.threshold, index.coarse_threshold);
-            let found = clusters[head / group].kept(&queries, self.scale, threshold, coarse);
-            // SAFETY: each head has a slot of its own.
-            unsafe { slots.slice(head, 1)[0] = found };
+        let copies = match cached.copies.take() {
+            Some(copies) => copies,
+            None => Arc::new(store.gather(at.layer, cached.slots.clone(), KeyForm::Rotated)?),
         };
-        Pool::global().for_each(heads, one);
-        self.scored += kept.iter().map(|(_, looked)| looked).sum::<u64>();
-        self.offered += heads as u64 * index.clustered;
-        let taken = kept.iter().flat_map(|(ranges, _)| ranges);
-        self.taken += taken.map(|range| range.end - range.start).sum::<u64>();
-        let kept = kept.into_iter().map(|(ranges, _)| ranges).collect();
+        cached.next = at.end();
+        cached.age += 1;
+        cached.copies = Some(copies.clone());
         Ok(Plan {
-            parts: vec![
-                Part {
-                    keys: Keys::PerQueryHead(kept),
-                    mask: Mask::All,
-                    ..Part::causal(0..0)
-                },
-                Part::causal(index.clustered..at.end()),
-            ],
+            parts: vec![sparse(Keys::Gathered(copies)), dense],
         })
     }
 
@@ -569,8 +677,13 @@ impl ContextPolicy for Squeezed {
             let level = |rows: usize, starts: usize| 8 * rows + 4 * starts;
             level(c.centroids.len(), c.starts.len()) + level(c.coarse.len(), c.coarse_starts.len())
         };
+        let copies = self
+            .cached
+            .iter()
+            .filter_map(|cached| cached.copies.as_ref());
+        let copies: u64 = copies.map(|copies| copies.bytes()).sum();
         PolicyReport {
-            index_bytes: index.flatten().map(|c| bytes(c) as u64).sum(),
+            index_bytes: copies + index.flatten().map(|c| bytes(c) as u64).sum::<u64>(),
             scored: self.scored,
             offered: self.offered,
             taken: self.taken,

@@ -67,6 +67,42 @@ impl<'a> EngineSession<'a> {
         }
     }
 
+    /// A session that holds its root itself, for schedulers; [`EngineSession::into_root`] gives it back.
+    pub fn owning(engine: &'a Engine, root: Sequence) -> EngineSession<'a> {
+        EngineSession {
+            engine,
+            slots: vec![Slot::Own(Box::new(root))],
+            pending: None,
+            naive_trees: false,
+        }
+    }
+
+    /// The root of a session that owns it.
+    pub fn into_root(mut self) -> Option<Sequence> {
+        match std::mem::replace(self.slots.first_mut()?, Slot::Free) {
+            Slot::Own(sequence) => Some(*sequence),
+            Slot::Root(_) | Slot::Free => None,
+        }
+    }
+
+    /// The root.
+    pub fn root(&self) -> Option<&Sequence> {
+        self.slots.first().and_then(Slot::get)
+    }
+
+    /// The sequences of a step's rows, for a pass that several sessions share. What it reads into them is what
+    /// [`DecodeSession::step`] would.
+    pub fn lend(&mut self, rows: &[(SeqId, u32)]) -> Result<Vec<&mut Sequence>> {
+        self.forget_pending();
+        let mut slots: Vec<Option<&mut Sequence>> =
+            self.slots.iter_mut().map(Slot::get_mut).collect();
+        let lent = rows.iter().map(|&(seq, _)| {
+            let sequence = slots.get_mut(seq.0 as usize).and_then(Option::take);
+            sequence.ok_or_else(|| unknown(seq))
+        });
+        lent.collect()
+    }
+
     /// Reads trees by forks, level by level: the oracle of the tests.
     pub fn with_naive_trees(mut self) -> Self {
         self.naive_trees = true;
@@ -129,22 +165,17 @@ impl DecodeSession for EngineSession<'_> {
     }
 
     fn step(&mut self, rows: &[(SeqId, u32)]) -> Result<Vec<f32>> {
-        self.forget_pending();
+        let engine = self.engine;
         let tokens: Vec<[u32; 1]> = rows.iter().map(|&(_, token)| [token]).collect();
-        let mut slots: Vec<Option<&mut Sequence>> =
-            self.slots.iter_mut().map(Slot::get_mut).collect();
-        let mut batch = Vec::with_capacity(rows.len());
-        for (&(seq, _), token) in rows.iter().zip(&tokens) {
-            let sequence = slots.get_mut(seq.0 as usize).and_then(Option::take);
-            batch.push((sequence.ok_or_else(|| unknown(seq))?, &token[..]));
-        }
-        if self.engine.model().device().is_cpu() {
-            return Ok(self.engine.forward(&mut batch, Want::Last)?);
+        let lent = self.lend(rows)?.into_iter();
+        let mut batch: Vec<_> = lent.zip(tokens.iter().map(|token| &token[..])).collect();
+        if engine.model().device().is_cpu() {
+            return Ok(engine.forward(&mut batch, Want::Last)?);
         }
         // Other devices run one sequence at a time.
         let mut logits = Vec::new();
         for row in batch {
-            logits.extend(self.engine.forward(&mut [row], Want::Last)?);
+            logits.extend(engine.forward(&mut [row], Want::Last)?);
         }
         Ok(logits)
     }
@@ -177,7 +208,9 @@ impl DecodeSession for EngineSession<'_> {
 
     fn release(&mut self, seq: SeqId) {
         // The root is the caller's.
-        if let Some(slot @ Slot::Own(_)) = self.slots.get_mut(seq.0 as usize) {
+        if seq != Self::ROOT
+            && let Some(slot @ Slot::Own(_)) = self.slots.get_mut(seq.0 as usize)
+        {
             *slot = Slot::Free;
         }
     }

@@ -1,5 +1,5 @@
 //! Scattered keys and values copied to whole pages of their own, for policies that pick tokens one
-//! by one: the copy is paid once and read by every query that shares the pick.
+//! by one: the copy is paid once and read by every query, and every head, that shares the pick.
 
 use super::{KeyForm, KvStore};
 use crate::kv::plane::AlignedBytes;
@@ -9,13 +9,13 @@ use longspan_kernels::slots::Run;
 use std::io;
 use std::ops::Range;
 
-/// Copies of some tokens' keys and values, a list for each query head.
+/// Copies of some tokens' keys and values, a list for each query head, or for each kv head.
 pub struct Gathered {
-    /// Which tokens, [num_heads] lists of ranges.
+    /// Which tokens, [num_heads] or [num_kv_heads] lists of ranges.
     pub tokens: Vec<Vec<Range<u64>>>,
-    /// Tokens of each head.
+    /// Tokens of each list.
     counts: Vec<usize>,
-    /// Query heads per kv head: the pages of the j-th head of every group lie in set j.
+    /// Lists per kv head: the pages of the j-th of every group lie in set j.
     group: usize,
     /// [group][pages]: planes of keys and of values.
     sets: Vec<Vec<[AlignedBytes; 2]>>,
@@ -28,7 +28,7 @@ impl Gathered {
         planes.map(|plane| plane.as_slice().len() as u64).sum()
     }
 
-    /// The pages of each query head, for the attention kernel. Their positions mean nothing.
+    /// The pages of each list, for the attention kernel. Their positions mean nothing.
     pub(crate) fn tiles(&self) -> Vec<Vec<Tile<'_>>> {
         let tiles = |(head, &count): (usize, &usize)| {
             let pages = self.sets[head % self.group].iter();
@@ -47,7 +47,7 @@ impl Gathered {
 }
 
 impl KvStore {
-    /// Copies tokens, one list of ranges (ascending, disjoint) for each query head. Errors if a
+    /// Copies tokens, one list of ranges (ascending, disjoint) for each query head or kv head. Errors if a
     /// plane was dropped or fails its checksum.
     pub fn gather(
         &self,

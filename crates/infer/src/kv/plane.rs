@@ -8,11 +8,19 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Bytes of a tier file mapped at a time; planes never straddle two segments.
 const SEGMENT: u64 = 64 << 20;
+
+/// Planes on the heap, of all sequences of the process.
+static LIVE: AtomicI64 = AtomicI64::new(0);
+
+/// Planes of keys or values that the process holds in memory. Shared ones count once; 0 when no sequence is left.
+pub fn live_planes() -> u64 {
+    LIVE.load(Ordering::Relaxed).max(0) as u64
+}
 
 /// 64-byte aligned heap memory.
 pub struct AlignedBytes {
@@ -38,6 +46,7 @@ impl AlignedBytes {
         if pointer.is_null() {
             handle_alloc_error(layout);
         }
+        LIVE.fetch_add(1, Ordering::Relaxed);
         AlignedBytes { pointer, len }
     }
 
@@ -65,6 +74,7 @@ impl Drop for AlignedBytes {
     fn drop(&mut self) {
         // SAFETY: allocated with the same layout.
         unsafe { dealloc(self.pointer, Self::layout(self.len)) }
+        LIVE.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -4,6 +4,10 @@
 //! visibility and storage. The engine's answer is paged and follows a policy; [`CausalAttention`]
 //! here is whole, differentiable and runs on any candle device.
 
+mod bidirectional;
+
+pub use bidirectional::BidirectionalAttention;
+
 use crate::config::ModelConfig;
 use crate::position::{Frequencies, LayerRopes};
 use candle_core::{D, DType, Device, Result, Tensor, bail};

@@ -7,14 +7,12 @@
 
 use crate::attention::Attend;
 use crate::config::{Activation, ModelConfig};
-use crate::weights::{MatrixData, WeightSource};
+use crate::model::parameters::{Loader, Parameters, Projection};
+use crate::weights::WeightSource;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use longspan_kernels::elementwise::Gate;
-use longspan_kernels::matmul::{MatrixSource, PackedMatrix};
-use longspan_kernels::ops::{self, DensePart, Embedding, Linear, RmsNorm};
-use longspan_kernels::quant;
+use longspan_kernels::ops::{self, Embedding, Linear, RmsNorm};
 use std::collections::HashMap;
-use std::sync::Arc;
 
 /// How weights are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,6 +202,15 @@ impl Decoder {
 
     /// ids of all sequences, flat, to the residual stream after the last layer: [tokens, hidden].
     pub fn hidden(&self, ids: &[u32], attend: &mut dyn Attend) -> Result<Tensor> {
+        let mut x = self.first_residual(ids)?;
+        for index in 0..self.layers.len() {
+            x = self.layer(index, &x, attend)?;
+        }
+        Ok(x)
+    }
+
+    /// ids to the residual stream before the first layer: [tokens, hidden].
+    pub fn first_residual(&self, ids: &[u32]) -> Result<Tensor> {
         if let Some(id) = ids
             .iter()
             .find(|&&id| id as usize >= self.config.vocab_size)
@@ -213,14 +220,16 @@ impl Decoder {
                 self.config.vocab_size
             );
         }
-        let mut x = self.embedding.forward(ids)?; // [tokens, hidden]
-        if let Some(scale) = self.config.embedding_scale {
-            x = (x * scale as f64)?;
+        let x = self.embedding.forward(ids)?; // [tokens, hidden]
+        match self.config.embedding_scale {
+            Some(scale) => x * scale as f64,
+            None => Ok(x),
         }
-        for (index, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&self.config, index, &x, attend)?;
-        }
-        Ok(x)
+    }
+
+    /// Layer `index` alone: the residual stream [tokens, hidden] before it to that after it.
+    pub fn layer(&self, index: usize, x: &Tensor, attend: &mut dyn Attend) -> Result<Tensor> {
+        self.layers[index].forward(&self.config, index, x, attend)
     }
 
     /// hidden [tokens, hidden] to f32 logits [tokens, vocab].
@@ -273,154 +282,5 @@ impl Layer {
             &self.down,
             self.post_mlp_norm.as_ref(),
         )
-    }
-}
-
-/// A matrix asked for by name.
-struct Projection {
-    weight: String,
-    bias: Option<String>,
-    rows: usize,
-}
-
-/// Where parameters come from: a checkpoint, or tensors held by a trainer.
-trait Parameters {
-    fn vector(&self, name: &str, width: usize) -> Result<Tensor>;
-    fn linear(&self, cols: usize, parts: &[Projection]) -> Result<Linear>;
-}
-
-impl Parameters for HashMap<String, Tensor> {
-    fn vector(&self, name: &str, width: usize) -> Result<Tensor> {
-        match self.get(name) {
-            Some(tensor) if tensor.dims() == [width] => Ok(tensor.clone()),
-            Some(tensor) => bail!(
-                "tensor {name}: found shape {:?}, expected [{width}]",
-                tensor.dims()
-            ),
-            None => bail!("tensor {name} is missing"),
-        }
-    }
-
-    fn linear(&self, cols: usize, parts: &[Projection]) -> Result<Linear> {
-        let parts = parts
-            .iter()
-            .map(|part| {
-                let bias = part
-                    .bias
-                    .as_ref()
-                    .map(|name| self.vector(name, part.rows))
-                    .transpose()?;
-                match self.get(&part.weight) {
-                    Some(weight) if weight.dims() == [part.rows, cols] => Ok(DensePart {
-                        weight: weight.clone(),
-                        bias,
-                    }),
-                    Some(weight) => bail!(
-                        "tensor {}: found shape {:?}, expected [{}, {cols}]",
-                        part.weight,
-                        weight.dims(),
-                        part.rows
-                    ),
-                    None => bail!("tensor {} is missing", part.weight),
-                }
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Linear::Dense(parts))
-    }
-}
-
-struct Loader<'a> {
-    weights: &'a dyn WeightSource,
-    precision: Precision,
-    device: &'a Device,
-}
-
-impl Loader<'_> {
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixData<'_>> {
-        let matrix = self
-            .weights
-            .matrix(name)
-            .map_err(candle_core::Error::wrap)?;
-        if (matrix.rows, matrix.cols) != (rows, cols) {
-            bail!(
-                "tensor {name}: found shape [{}, {}], expected [{rows}, {cols}]",
-                matrix.rows,
-                matrix.cols
-            );
-        }
-        Ok(matrix)
-    }
-
-    fn values(&self, name: &str, width: usize) -> Result<Vec<f32>> {
-        let values = self
-            .weights
-            .vector(name)
-            .map_err(candle_core::Error::wrap)?;
-        if values.len() != width {
-            bail!(
-                "tensor {name}: found {} values, expected {width}",
-                values.len()
-            );
-        }
-        Ok(values)
-    }
-}
-
-impl Parameters for Loader<'_> {
-    fn vector(&self, name: &str, width: usize) -> Result<Tensor> {
-        let dtype = match self.precision {
-            Precision::Packed => DType::F32,
-            Precision::Dense(dtype) => dtype,
-        };
-        Tensor::from_vec(self.values(name, width)?, width, self.device)?.to_dtype(dtype)
-    }
-
-    fn linear(&self, cols: usize, parts: &[Projection]) -> Result<Linear> {
-        match self.precision {
-            Precision::Packed => {
-                let data = parts
-                    .iter()
-                    .map(|part| self.matrix(&part.weight, part.rows, cols))
-                    .collect::<Result<Vec<_>>>()?;
-                let sources: Vec<MatrixSource> = data
-                    .iter()
-                    .map(|data| MatrixSource {
-                        ty: data.ty,
-                        rows: data.rows,
-                        bytes: &data.bytes,
-                    })
-                    .collect();
-                let matrix =
-                    Arc::new(PackedMatrix::pack(cols, &sources).map_err(candle_core::Error::wrap)?);
-                let mut bias = Vec::new();
-                for part in parts {
-                    if let Some(name) = &part.bias {
-                        bias.extend(self.values(name, part.rows)?);
-                    }
-                }
-                let bias = (!bias.is_empty()).then(|| Arc::new(bias));
-                Ok(Linear::Packed { matrix, bias })
-            }
-            Precision::Dense(dtype) => {
-                let parts = parts
-                    .iter()
-                    .map(|part| {
-                        let data = self.matrix(&part.weight, part.rows, cols)?;
-                        let mut values = vec![0f32; part.rows * cols];
-                        quant::dequantize(data.ty, &data.bytes, &mut values)
-                            .map_err(candle_core::Error::wrap)?;
-                        let weight = Tensor::from_vec(values, (part.rows, cols), self.device)?
-                            .to_dtype(dtype)?;
-                        let bias = part
-                            .bias
-                            .as_ref()
-                            .map(|name| self.vector(name, part.rows))
-                            .transpose()?;
-                        Ok(DensePart { weight, bias })
-                    })
-                    .collect::<Result<Vec<_>>>()?;
-                Ok(Linear::Dense(parts))
-            }
-        }
     }
 }

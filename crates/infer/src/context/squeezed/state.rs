@@ -1,6 +1,7 @@
 //! The index of a sealed prefix as bytes, for saved sessions.
 
-use super::{Clusters, Index, Squeezed};
+use super::{Cached, Clusters, Index, Squeezed};
+use crate::context::{read_lists, write_lists};
 use crate::wire::{read_f32s, read_u64, write_f32s, write_u64};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub(super) fn save(policy: &Squeezed, out: &mut dyn Write) -> io::Result<()> {
     };
     write_u64(out, 1)?;
     write_u64(out, index.prefix)?;
+    write_u64(out, index.sinks)?;
     write_u64(out, index.clustered)?;
     let thresholds = std::iter::once(index.threshold).chain(index.coarse_threshold);
     write_f32s(out, &thresholds.collect::<Vec<_>>())?;
@@ -36,6 +38,11 @@ pub(super) fn save(policy: &Squeezed, out: &mut dyn Write) -> io::Result<()> {
             write_f32s(out, &clusters.coarse)?;
             write_starts(out, &clusters.coarse_starts)?;
         }
+    }
+    for cached in &policy.cached {
+        write_u64(out, cached.next)?;
+        write_u64(out, cached.age)?;
+        write_lists(out, &cached.slots)?;
     }
     Ok(())
 }
@@ -53,13 +60,14 @@ pub(super) fn load(policy: &mut Squeezed, input: &mut dyn Read) -> io::Result<()
         policy.queries.push(read_f32s(input)?);
     }
     policy.index = None;
+    policy.cached.clear();
     if read_u64(input)? == 0 {
         return Ok(());
     }
-    let (prefix, clustered) = (read_u64(input)?, read_u64(input)?);
+    let (prefix, sinks, clustered) = (read_u64(input)?, read_u64(input)?, read_u64(input)?);
     let thresholds = read_f32s(input)?;
     let levels = 1 + usize::from(policy.config.lower.is_some());
-    if clustered > prefix || thresholds.len() != levels {
+    if clustered > prefix || sinks > clustered || thresholds.len() != levels {
         return Err(wrong(&format!(
             "{clustered} of {prefix} tokens are clustered on {} levels, expected {levels}",
             thresholds.len()
@@ -82,7 +90,7 @@ pub(super) fn load(policy: &mut Squeezed, input: &mut dyn Read) -> io::Result<()
             let sound = dim > 0
                 && clusters.centroids.len() == count * dim
                 && clusters.coarse.len() == coarse * dim
-                && clusters.starts.last() == Some(&(clustered as u32))
+                && clusters.starts.last() == Some(&((clustered - sinks) as u32))
                 && (coarse == 0) == (levels == 1)
                 && clusters
                     .coarse_starts
@@ -97,8 +105,21 @@ pub(super) fn load(policy: &mut Squeezed, input: &mut dyn Read) -> io::Result<()
         }
         layers.push(layer);
     }
+    for _ in 0..layers.len() {
+        let cached = Cached {
+            next: read_u64(input)?,
+            age: read_u64(input)?,
+            slots: read_lists(input)?,
+            copies: None,
+        };
+        if let Some(range) = cached.slots.iter().flatten().find(|r| r.end > clustered) {
+            return Err(wrong(&format!("slots {range:?} are chosen of {clustered}")));
+        }
+        policy.cached.push(cached);
+    }
     policy.index = Some(Arc::new(Index {
         prefix,
+        sinks,
         clustered,
         threshold: thresholds[0],
         coarse_threshold: thresholds.get(1).copied(),

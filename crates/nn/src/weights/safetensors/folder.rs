@@ -45,13 +45,23 @@ impl HfWeights {
     /// # Errors
     /// When a file is absent or malformed, or the index disagrees with the shards.
     pub fn open(path: &Path, config: &ModelConfig) -> Result<Self, WeightsError> {
+        let mut weights = Self::open_as_stored(path)?;
+        weights.norm_offset = norm_offset(config);
+        Ok(weights)
+    }
+
+    /// As [`HfWeights::open`] for models that are no decoders: every tensor as the file holds it.
+    ///
+    /// # Errors
+    /// As [`HfWeights::open`].
+    pub fn open_as_stored(path: &Path) -> Result<Self, WeightsError> {
         if !path.is_dir() {
-            return Self::from_shards(path, vec![Safetensors::open(path)?], config);
+            return Self::join(path, vec![Safetensors::open(path)?]);
         }
         let index_file = path.join(INDEX);
         if path.join(WHOLE).is_file() || !index_file.is_file() {
             let shard = Safetensors::open(&path.join(WHOLE))?;
-            return Self::from_shards(path, vec![shard], config);
+            return Self::join(path, vec![shard]);
         }
         let text = std::fs::read(&index_file).map_err(|source| WeightsError::Io {
             file: index_file.clone(),
@@ -92,7 +102,7 @@ impl HfWeights {
                 return Err(missing(shards[at].file(), tensor, has));
             }
         }
-        Self::from_shards(path, shards, config)
+        Self::join(path, shards)
     }
 
     /// Joins files that are already open, e.g. from memory; `path` names the whole in errors.
@@ -104,6 +114,12 @@ impl HfWeights {
         shards: Vec<Safetensors>,
         config: &ModelConfig,
     ) -> Result<Self, WeightsError> {
+        let mut weights = Self::join(path, shards)?;
+        weights.norm_offset = norm_offset(config);
+        Ok(weights)
+    }
+
+    fn join(path: &Path, shards: Vec<Safetensors>) -> Result<Self, WeightsError> {
         let mut index = BTreeMap::new();
         for (shard, file) in shards.iter().enumerate() {
             for (at, tensor) in file.tensors().iter().enumerate() {
@@ -118,15 +134,11 @@ impl HfWeights {
                 }
             }
         }
-        let norm_offset = match config.architecture {
-            Architecture::Gemma3 => 1.0,
-            _ => 0.0,
-        };
         Ok(Self {
             path: path.to_path_buf(),
             shards,
             index,
-            norm_offset,
+            norm_offset: 0.0,
         })
     }
 
@@ -166,6 +178,14 @@ impl HfWeights {
             found: tensor.shape.clone(),
             expected: expected.into(),
         }
+    }
+}
+
+/// What is missing from a norm's factor as stored.
+fn norm_offset(config: &ModelConfig) -> f32 {
+    match config.architecture {
+        Architecture::Gemma3 => 1.0,
+        _ => 0.0,
     }
 }
 

@@ -1,0 +1,3 @@
+//! Memories of conversations that outgrow a model's window.
+
+pub mod scm;

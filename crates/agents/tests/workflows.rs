@@ -1,0 +1,662 @@
+//! Workflows over models that follow rules: what is asked, in which order, and what happens when work is cut short.
+
+use longspan_agents::chat::layers::{CacheMode, CacheStore, Cached};
+use longspan_agents::chat::model::{Call, ChatError, ChatModel, Request};
+use longspan_agents::chat::scripted::Scripted;
+use longspan_agents::workflow::Silent;
+use longspan_agents::workflow::agent_write::{
+    AgentWrite, AgentWriteConfig, Step, count_words, write_prompt,
+};
+use longspan_agents::workflow::baselines::{self, Baseline};
+use longspan_agents::workflow::chain::{
+    Chain, ChainConfig, Paths, ReadOrder, manager_prompt, worker_prompt,
+};
+use longspan_agents::workflow::summary::{self, Kind, SummaryConfig, Utterance};
+use longspan_agents::workflow::xl3m::{self, Xl3mConfig};
+use longspan_infer::key_context::Distribution;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Facts "A -> B." of a text, in order.
+fn facts(text: &str) -> Vec<(String, String)> {
+    let sentences = text.split(['.', '\n']);
+    let fact = |sentence: &str| {
+        let (a, b) = sentence.split_once(" -> ")?;
+        let a = a.split_whitespace().last()?;
+        Some((a.to_string(), b.split_whitespace().next()?.to_string()))
+    };
+    sentences.filter_map(fact).collect()
+}
+
+/// A reader that only combines what its prompt shows: it follows the question's chain as far as its facts go. With
+/// `needs_earlier`, it knows a fact to matter only once the notes lead to it.
+fn reader(needs_earlier: bool) -> Scripted {
+    Scripted::new(move |request: &Request| {
+        let text = request.input.plain();
+        let start = text
+            .split("Where does ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next())
+            .unwrap_or("")
+            .to_string();
+        let hops: usize = text
+            .split(" lead in ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next())
+            .unwrap()
+            .parse()
+            .unwrap();
+        let known = facts(&text);
+        let manager =
+            text.contains("Answer from the summary") || text.contains("Answer the question");
+        let judge = text.contains("Reply with yes or no");
+        let mut at = start.clone();
+        let mut used = Vec::new();
+        for _ in 0..hops {
+            let Some((a, b)) = known.iter().find(|(a, _)| *a == at) else {
+                break;
+            };
+            used.push(format!("{a} -> {b}."));
+            at = b.clone();
+        }
+        if manager {
+            return Ok(if used.len() == hops {
+                at
+            } else {
+                "not mentioned".into()
+            });
+        }
+        // Names on the way are capital; filler is not. A reader of the easy kind notes every fact about them.
+        let notes: Vec<String> = match needs_earlier {
+            true => used,
+            false => known
+                .iter()
+                .filter(|(a, _)| a.starts_with('N'))
+                .map(|(a, b)| format!("{a} -> {b}."))
+                .collect(),
+        };
+        if judge {
+            return Ok(if notes.is_empty() { "No." } else { "Yes." }.into());
+        }
+        Ok(if notes.is_empty() {
+            "not mentioned".into()
+        } else {
+            notes.join(" ")
+        })
+    })
+    .window(400)
+}
+
+fn filler(n: usize) -> String {
+    (0..n)
+        .map(|i| format!("The sea was calm on day {i}. "))
+        .collect()
+}
+
+/// Hops in different chunks, forwards.
+fn text(hops: usize) -> String {
+    let mut text = filler(30);
+    for hop in 0..hops {
+        text.push_str(&format!("N{hop} -> N{}. {}", hop + 1, filler(60)));
+    }
+    text
+}
+
+fn reversed(hops: usize) -> String {
+    let mut text = filler(30);
+    for hop in (0..hops).rev() {
+        text.push_str(&format!("N{hop} -> N{}. {}", hop + 1, filler(60)));
+    }
+    text
+}
+
+fn config() -> ChainConfig {
+    ChainConfig {
+        window: 400,
+        max_output: 40,
+        ..ChainConfig::default()
+    }
+}
+
+fn chain(model: &Scripted, text: &str, hops: usize, config: ChainConfig) -> String {
+    let query = format!("Where does N0 lead in {hops} steps?");
+    Chain::new(model, config)
+        .run(text, &query, &Call::default(), &mut Silent)
+        .unwrap()
+        .answer
+}
+
+#[test]
+fn notes_that_are_handed_on_join_hops_and_others_do_not() {
+    for hops in [2, 3] {
+        let (text, goal) = (text(hops), format!("N{hops}"));
+        let query = format!("Where does N0 lead in {hops} steps?");
+        let call = Call::default();
+        for needs_earlier in [true, false] {
+            let model = reader(needs_earlier);
+            assert_eq!(chain(&model, &text, hops, config()), goal);
+            let run = |baseline| {
+                let found = baselines::run(
+                    baseline,
+                    &model,
+                    &config(),
+                    &text,
+                    &query,
+                    &call,
+                    &mut Silent,
+                );
+                found.unwrap().answer
+            };
+            assert_ne!(run(Baseline::Merge), goal);
+            // Independent notes do only where a fact's worth can be seen without the earlier hop.
+            assert_eq!(run(Baseline::Hierarchical) == goal, !needs_earlier);
+            assert_ne!(run(Baseline::FullContext), goal);
+        }
+        // Hops in the reverse order: only reading backwards joins them.
+        let text = reversed(hops);
+        let model = reader(true);
+        let off = ChainConfig {
+            guard: false,
+            ..config()
+        };
+        assert_ne!(chain(&model, &text, hops, off.clone()), goal);
+        let rtl = ChainConfig {
+            order: ReadOrder::Rtl,
+            ..off.clone()
+        };
+        assert_eq!(chain(&model, &text, hops, rtl), goal);
+        // The guard reads once more in the other order; so do two paths, whose vote drops nothing here.
+        assert_eq!(chain(&model, &text, hops, config()), goal);
+        let both = ChainConfig {
+            paths: Paths::Bidir,
+            ..off
+        };
+        let query = format!("Where does N0 lead in {hops} steps?");
+        let found = Chain::new(&model, both)
+            .run(&text, &query, &call, &mut Silent)
+            .unwrap();
+        assert!(found.paths.iter().any(|path| path.answer == goal));
+    }
+}
+
+#[test]
+fn prompts_are_as_written_and_fit() {
+    let model = reader(true);
+    let (text, query) = (text(2), "Where does N0 lead in 2 steps?");
+    let chain = Chain::new(&model, config());
+    let (chunks, budget) = chain.chunks(&text, query).unwrap();
+    assert!(chunks.len() >= 3);
+    assert_eq!(chunks.concat(), text);
+    let found = chain
+        .run(&text, query, &Call::default(), &mut Silent)
+        .unwrap();
+    let requests = model.requests();
+    assert_eq!(requests.len(), chunks.len() + 1);
+    assert_eq!(found.took.calls, requests.len());
+    let mut notes = String::new();
+    for ((chunk, unit), request) in chunks.iter().zip(&found.paths[0].units).zip(&requests) {
+        assert!(chunk.split_whitespace().count() <= budget);
+        assert_eq!(
+            request.input.plain(),
+            worker_prompt(Default::default(), chunk, &notes, query)
+        );
+        let tokens = model.count(&request.input).unwrap().tokens + request.max_tokens;
+        assert!(tokens <= 400, "{tokens}");
+        notes = unit.text.clone();
+    }
+    let last = requests.last().unwrap().input.plain();
+    assert_eq!(last, manager_prompt(Default::default(), "", &notes, query));
+    // A text of one chunk costs two calls.
+    let short = reader(true);
+    Chain::new(&short, config())
+        .run("N0 -> N1. N1 -> N2.", query, &Call::default(), &mut Silent)
+        .unwrap();
+    assert_eq!(short.requests().len(), 2);
+    // Backwards.
+    let back = reader(true);
+    let rtl = ChainConfig {
+        order: ReadOrder::Rtl,
+        guard: false,
+        ..config()
+    };
+    Chain::new(&back, rtl)
+        .run(&text, query, &Call::default(), &mut Silent)
+        .unwrap();
+    for (request, chunk) in back.requests().iter().zip(chunks.iter().rev()) {
+        assert!(request.input.plain().starts_with(chunk));
+    }
+    // Too small a window is said before anything is asked.
+    let small = reader(true).window(60);
+    let error = Chain::new(&small, config())
+        .run(&text, query, &Call::default(), &mut Silent)
+        .unwrap_err();
+    assert!(error.to_string().contains("window of 60"), "{error}");
+    assert!(small.requests().is_empty());
+}
+
+#[test]
+fn long_notes_are_shortened_and_rejections_do_not_spread() {
+    let calls = AtomicUsize::new(0);
+    let model = Scripted::new(move |_| {
+        Ok(match calls.fetch_add(1, Ordering::SeqCst) {
+            0 => "good evidence ".repeat(30),
+            1 => "The text does not mention it.".into(),
+            2 => String::new(),
+            _ => "fine".into(),
+        })
+    });
+    let narrow = ChainConfig {
+        window: 300,
+        max_output: 60,
+        reserve: Some(20),
+        ..ChainConfig::default()
+    };
+    let found = Chain::new(&model, narrow)
+        .run(&filler(60), "What?", &Call::default(), &mut Silent)
+        .unwrap();
+    let units = &found.paths[0].units;
+    assert!(units.len() >= 3);
+    assert!(!units[0].kept_earlier && units[1].kept_earlier && units[2].kept_earlier);
+    assert!(units[2].text.contains("evidence"));
+    assert!(
+        found
+            .events
+            .iter()
+            .any(|event| event.contains("beyond 20 tokens")),
+        "{:?}",
+        found.events
+    );
+    let second = model.requests()[1].input.plain();
+    let notes = second
+        .split("before this: ")
+        .nth(1)
+        .unwrap()
+        .split("\n\n")
+        .next()
+        .unwrap();
+    assert!(
+        notes.split_whitespace().count() <= 20 && notes.contains(" ... "),
+        "{notes}"
+    );
+}
+
+#[test]
+fn a_chain_that_was_killed_repeats_no_call() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Arc::new(CacheStore::open(&folder.path().join("c.sqlite")).unwrap());
+    let (text, query) = (text(3), "Where does N0 lead in 3 steps?");
+    let run = |stop_after: usize| {
+        let inner = Arc::new(reader(true));
+        let model = Cached::new(inner.clone(), Arc::clone(&store), CacheMode::ReadWrite);
+        let seen = Arc::clone(&inner);
+        let call = Call::new(move || seen.requests().len() >= stop_after);
+        let result = Chain::new(&model, config()).run(&text, query, &call, &mut Silent);
+        (result, inner.requests().len())
+    };
+    let (result, first) = run(3);
+    assert!(
+        matches!(result, Err(ChatError::Cancelled { .. })),
+        "{result:?}"
+    );
+    let (result, second) = run(usize::MAX);
+    let found = result.unwrap();
+    assert_eq!(found.answer, "N3");
+    // The call under way when it was stopped has no reply to keep.
+    assert_eq!(first + second, found.took.calls + 1);
+    let (result, third) = run(usize::MAX);
+    assert_eq!((result.unwrap().paths, third), (found.paths, 0));
+}
+
+const PLAN: &str = "Paragraph 1 - Main Point: The sea - Word Count: 200 words\n\nParagraph 2 - Main Point: The land - Word Count: 300 words\nParagraph 3 - Main Point: The end - Word Count: 500 words";
+
+fn writer() -> Scripted {
+    Scripted::new(|request: &Request| {
+        let text = request.input.plain();
+        if text.contains("Break the writing task") {
+            return Ok(PLAN
+                .strip_prefix(request.answer_prefix.as_str())
+                .unwrap()
+                .into());
+        }
+        let words = text
+            .split("about ")
+            .last()
+            .unwrap()
+            .split(' ')
+            .next()
+            .unwrap()
+            .parse::<usize>()
+            .unwrap();
+        // It stops early, as models do.
+        Ok("wave ".repeat(words.min(120)))
+    })
+}
+
+#[test]
+fn writing_reaches_its_length_and_goes_on_after_a_kill() {
+    let config = AgentWriteConfig {
+        words: Some(1000),
+        ..AgentWriteConfig::default()
+    };
+    let whole = writer();
+    let done = AgentWrite::new(&whole, config.clone())
+        .run("Write about the coast", &Call::default(), &mut Silent)
+        .unwrap();
+    let words = count_words(&done.text());
+    assert!((900..=1100).contains(&words), "{words}");
+    assert!(done.finished() && done.paragraphs.len() == 3);
+    let total = whole.requests().len();
+    // The first paragraph's prompt, to the byte, and the growth of the text so far.
+    let requests = whole.requests();
+    assert_eq!(
+        requests[1].input.plain(),
+        write_prompt("Write about the coast", &done.plan, 0, "", "", 200)
+    );
+    let second = requests
+        .iter()
+        .find(|request| {
+            request
+                .input
+                .plain()
+                .contains("only this one:\nParagraph 2")
+        })
+        .unwrap();
+    assert_eq!(
+        second.input.plain(),
+        write_prompt(
+            "Write about the coast",
+            &done.plan,
+            1,
+            &done.paragraphs[0],
+            "",
+            300
+        )
+    );
+    // Killed at every call, the work goes on from the last whole paragraph.
+    let folder = tempfile::tempdir().unwrap();
+    for stop_after in 1..total {
+        let path = folder.path().join(format!("{stop_after}.json"));
+        let first = Arc::new(writer());
+        let seen = Arc::clone(&first);
+        let call = Call::new(move || seen.requests().len() > stop_after);
+        let result = AgentWrite::new(&*first, config.clone()).state(&path).run(
+            "Write about the coast",
+            &call,
+            &mut Silent,
+        );
+        assert!(
+            matches!(result, Err(ChatError::Cancelled { .. })),
+            "{result:?}"
+        );
+        let second = writer();
+        let again = AgentWrite::new(&second, config.clone())
+            .state(&path)
+            .run("Write about the coast", &Call::default(), &mut Silent)
+            .unwrap();
+        assert_eq!(again.paragraphs, done.paragraphs);
+        // Only calls of the paragraph under way are made again.
+        let steps = |requests: &[Request]| {
+            requests
+                .iter()
+                .filter(|r| r.input.plain().contains("only this one"))
+                .count()
+        };
+        let finished = 3 - steps(&second.requests());
+        assert!(steps(&first.requests()) <= finished + 1);
+        assert!(second.requests().len() < total);
+        // Finished work asks nothing.
+        let third = writer();
+        AgentWrite::new(&third, config.clone())
+            .state(&path)
+            .run("Write about the coast", &Call::default(), &mut Silent)
+            .unwrap();
+        assert!(third.requests().is_empty());
+        // A state of other work is not overwritten.
+        let error = AgentWrite::new(&third, config.clone())
+            .state(&path)
+            .run("Another", &Call::default(), &mut Silent)
+            .unwrap_err();
+        assert!(error.to_string().contains("another instruction"), "{error}");
+    }
+}
+
+#[test]
+fn writing_says_what_fails_and_shortens_what_it_shows() {
+    let deaf = Scripted::new(|_| Ok("I cannot plan.".into()));
+    let error = AgentWrite::new(&deaf, AgentWriteConfig::default())
+        .run("x", &Call::default(), &mut Silent)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("no usable plan in 3 tries"),
+        "{error}"
+    );
+    assert_eq!(deaf.requests().len(), 3);
+    let mute = Scripted::new(|_| Ok("  ".into()));
+    let plan = || {
+        vec![Step {
+            point: "The sea".into(),
+            words: 100,
+        }]
+    };
+    let error = AgentWrite::new(&mute, AgentWriteConfig::default())
+        .run_with("x", Some(plan()), &Call::default(), &mut Silent)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("wrote nothing for step 1"),
+        "{error}"
+    );
+    struct Notes(Vec<String>);
+    impl longspan_agents::workflow::Observer for Notes {
+        fn note(&mut self, text: &str) {
+            self.0.push(text.into());
+        }
+    }
+    let model = writer().window(700);
+    let steps = (0..8)
+        .map(|i| Step {
+            point: format!("Part {i}"),
+            words: 100,
+        })
+        .collect();
+    let mut notes = Notes(Vec::new());
+    let done = AgentWrite::new(&model, AgentWriteConfig::default())
+        .run_with("x", Some(steps), &Call::default(), &mut notes)
+        .unwrap();
+    assert_eq!(done.paragraphs.len(), 8);
+    assert!(
+        notes.0.iter().any(|note| note.contains("last")),
+        "{:?}",
+        notes.0
+    );
+    for request in model.requests() {
+        assert!(model.count(&request.input).unwrap().tokens + request.max_tokens <= 700);
+    }
+}
+
+#[test]
+fn summaries_hand_on_the_block_before_and_merge() {
+    let model = Scripted::new(|request: &Request| {
+        let text = request.input.plain();
+        let kind = if text.contains("final summary") {
+            "merged"
+        } else {
+            "block"
+        };
+        let hash = blake3_of(&text);
+        Ok(format!("{kind}{hash} {}", "word ".repeat(20)))
+    });
+    let config = SummaryConfig {
+        block: 100,
+        flash: 50,
+        group: 60,
+        max_tokens: 60,
+        ..SummaryConfig::default()
+    };
+    let text = filler(60);
+    let found = summary::run(
+        &model,
+        &text,
+        &Kind::Book,
+        &config,
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap();
+    let blocks: Vec<_> = found.nodes.iter().filter(|node| node.level == 0).collect();
+    let spans: Vec<&str> = blocks
+        .iter()
+        .map(|node| &text[node.text.unwrap().0..node.text.unwrap().1])
+        .collect();
+    assert_eq!(spans.concat(), text);
+    let requests = model.requests();
+    assert!(!requests[0].input.plain().contains("as background only"));
+    for (index, request) in requests.iter().enumerate().take(blocks.len()).skip(1) {
+        let prompt = request.input.plain();
+        assert!(prompt.contains(&blocks[index - 1].summary) && prompt.contains(spans[index]));
+        assert!(!prompt.contains(spans[index - 1]));
+    }
+    // Every summary is merged once, and the last node is the answer.
+    let mut merged: Vec<usize> = found
+        .nodes
+        .iter()
+        .flat_map(|node| node.members.clone())
+        .collect();
+    merged.sort_unstable();
+    assert_eq!(merged, (0..found.nodes.len() - 1).collect::<Vec<_>>());
+    assert_eq!(found.summary, found.nodes.last().unwrap().summary);
+    assert_eq!(found.took.calls, found.nodes.len());
+    // A model that never shortens comes to an end.
+    let stubborn = Scripted::new(|_| Ok("word ".repeat(60)));
+    summary::run(
+        &stubborn,
+        &text,
+        &Kind::Book,
+        &config,
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap();
+    // A meeting has a theme in every prompt.
+    let said = |role: &str, content: &str| Utterance {
+        role: role.into(),
+        content: content.into(),
+    };
+    let utterances = vec![
+        said("Ana", "We talk about the harbour. "),
+        said("Boris", &filler(40)),
+    ];
+    let model = Scripted::new(|request: &Request| {
+        Ok(if request.input.plain().contains("Name its topic") {
+            "The harbour.".into()
+        } else {
+            "A summary".to_string()
+        })
+    });
+    let text = summary::meeting_text(&utterances);
+    let small = SummaryConfig {
+        meeting_block: 100,
+        ..config
+    };
+    let found = summary::run(
+        &model,
+        &text,
+        &Kind::Meeting(utterances),
+        &small,
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap();
+    assert_eq!(found.theme.as_deref(), Some("The harbour"));
+    assert!(model.requests()[1..].iter().all(|request| {
+        request
+            .input
+            .plain()
+            .contains("topic of the meeting is: The harbour\n")
+    }));
+}
+
+fn blake3_of(text: &str) -> u64 {
+    text.bytes().fold(7, |hash: u64, byte| {
+        hash.wrapping_mul(31).wrapping_add(u64::from(byte))
+    })
+}
+
+#[test]
+fn certainty_alone_chooses_passages() {
+    // The model is sure after passages that say "day 3x" and speaks of nothing the question asks.
+    let sure = |request: &Request| {
+        let text = request.input.plain();
+        let sure = text.contains("day 31.") || text.contains("day 7.");
+        Distribution::Logits(if sure {
+            vec![9.0, 0.0, 0.0]
+        } else {
+            vec![0.0; 3]
+        })
+    };
+    let model = Scripted::new(|request: &Request| Ok(request.answer_prefix.clone() + "!"))
+        .window(150)
+        .on_next_token(sure);
+    let text = filler(60);
+    let config = Xl3mConfig {
+        segment: 30,
+        keep: 2,
+        answer_prefix: "It is".into(),
+        max_tokens: 10,
+        ..Xl3mConfig::default()
+    };
+    let found = xl3m::run(
+        &model,
+        &text,
+        "Which fish?",
+        &config,
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap();
+    let kept: Vec<&str> = found
+        .passages
+        .iter()
+        .filter(|p| p.kept)
+        .map(|p| &text[p.start..p.end])
+        .collect();
+    assert!(
+        kept.len() == 2 && kept[0].contains("day 7.") && kept[1].contains("day 31."),
+        "{kept:?}"
+    );
+    let requests = model.requests();
+    assert_eq!(requests.len(), found.passages.len() + 1);
+    // Every passage is read alone, and the answer sees the kept ones in the text's order.
+    for (request, passage) in requests.iter().zip(&found.passages) {
+        let prompt = request.input.plain();
+        assert!(prompt.contains(text[passage.start..passage.end].trim()));
+        assert_eq!(
+            prompt.matches("The sea").count(),
+            text[passage.start..passage.end].matches("The sea").count()
+        );
+    }
+    let last = requests.last().unwrap().input.plain();
+    assert!(last.find("day 7.") < last.find("day 31.") && !last.contains("day 20."));
+    assert_eq!(found.answer, "It isIt is!");
+    // What fits is asked as it is.
+    let model = Scripted::new(|_| Ok("x".into())).window(1000);
+    let found = xl3m::run(
+        &model,
+        "Short text.",
+        "Which?",
+        &config,
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap();
+    assert!(found.passages.is_empty() && model.requests().len() == 1);
+    let error = xl3m::run(
+        &Scripted::new(|_| Ok("x".into())).window(45),
+        &text,
+        "Which?",
+        &config,
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+}

@@ -1,0 +1,253 @@
+//! Operations with an analytic gradient, written on slices and used on candle tensors.
+//!
+//! A [`Kernel`] says what it computes and how gradients come back; [`apply`] makes it an operation of candle's graph
+//! with any number of inputs, in f32 or f64 (f64 is for tests and for what f32 cannot hold), on the CPU.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+use rustfft::num_traits::Float;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// f32 and f64.
+pub trait Real: WithDType + Float + rustfft::FftNum + std::iter::Sum + Default {
+    /// A transform of this size, planned once per thread.
+    fn fft(size: usize, inverse: bool) -> Arc<dyn rustfft::Fft<Self>>;
+    /// From f64, rounded.
+    fn of(value: f64) -> Self {
+        <Self as WithDType>::from_f64(value)
+    }
+    /// To f64, exactly.
+    fn wide(self) -> f64 {
+        WithDType::to_f64(self)
+    }
+}
+
+macro_rules! real {
+    ($type:ty) => {
+        impl Real for $type {
+            fn fft(size: usize, inverse: bool) -> Arc<dyn rustfft::Fft<Self>> {
+                thread_local! {
+                    static PLANNER: RefCell<rustfft::FftPlanner<$type>> =
+                        RefCell::new(rustfft::FftPlanner::new());
+                }
+                PLANNER.with_borrow_mut(|planner| {
+                    if inverse {
+                        planner.plan_fft_inverse(size)
+                    } else {
+                        planner.plan_fft_forward(size)
+                    }
+                })
+            }
+        }
+    };
+}
+real!(f32);
+real!(f64);
+
+/// A function of several arrays with an analytic gradient.
+pub trait Kernel: Send + Sync + 'static {
+    /// Named in errors.
+    fn name(&self) -> &'static str;
+    /// Inputs, row-major, to the output and its shape. The caller has checked that sizes agree.
+    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>);
+    /// The gradient of each input, given output and its gradient.
+    fn backward<T: Real>(&self, inputs: &[&[T]], output: &[T], gradient: &[T]) -> Vec<Vec<T>>;
+}
+
+/// Runs a kernel as one differentiable operation. All inputs have one type, f32 or f64, and lie on the CPU.
+pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
+    let name = kernel.name();
+    let flat = inputs
+        .iter()
+        .map(|input| input.flatten_all())
+        .collect::<Result<Vec<_>>>()?;
+    let flat = match &flat[..] {
+        [] => bail!("{name}: no inputs"),
+        [one] => one.contiguous()?,
+        many => Tensor::cat(many, 0)?,
+    };
+    if !flat.device().is_cpu() {
+        bail!(
+            "{name} runs on the CPU, found a tensor on {:?}",
+            flat.device()
+        );
+    }
+    let lengths = inputs.iter().map(|input| input.elem_count()).collect();
+    flat.apply_op1_arc(Arc::new(Box::new(Op { kernel, lengths })))
+}
+
+struct Op<K> {
+    kernel: K,
+    /// Elements of each input: candle's graph knows them as one array.
+    lengths: Vec<usize>,
+}
+
+impl<K: Kernel> Op<K> {
+    fn split<'a, T>(&self, mut flat: &'a [T]) -> Vec<&'a [T]> {
+        self.lengths
+            .iter()
+            .map(|&length| {
+                let (head, tail) = flat.split_at(length);
+                flat = tail;
+                head
+            })
+            .collect()
+    }
+
+    fn pull_back<T: Real>(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let flat = |x: &Tensor| x.contiguous()?.flatten_all()?.to_vec1::<T>();
+        let (arg_values, res, grad) = (flat(arg)?, flat(res)?, flat(grad)?);
+        let parts = self.kernel.backward(&self.split(&arg_values), &res, &grad);
+        Tensor::from_vec(parts.concat(), arg.shape(), arg.device())
+    }
+}
+
+impl<K: Kernel> CustomOp1 for Op<K> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        fn run<K: Kernel, T: Real>(
+            op: &Op<K>,
+            values: &[T],
+            layout: &Layout,
+        ) -> Result<(CpuStorage, Shape)> {
+            let Some((start, end)) = layout.contiguous_offsets() else {
+                bail!("{}: input is not contiguous", op.kernel.name())
+            };
+            let (out, shape) = op.kernel.forward(&op.split(&values[start..end]));
+            Ok((T::to_cpu_storage_owned(out), Shape::from(shape)))
+        }
+        match storage {
+            CpuStorage::F32(values) => run(self, values, layout),
+            CpuStorage::F64(values) => run(self, values, layout),
+            other => bail!(
+                "{}: found {:?}, expected f32 or f64",
+                self.kernel.name(),
+                candle_core::backend::BackendStorage::dtype(other)
+            ),
+        }
+    }
+
+    fn bwd(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(match arg.dtype() {
+            candle_core::DType::F64 => self.pull_back::<f64>(arg, res, grad)?,
+            _ => self.pull_back::<f32>(arg, res, grad)?,
+        }))
+    }
+}
+
+/// ln(1 + e^x) elementwise, exact for small results too: x to the same shape.
+pub fn softplus(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        // max(x, 0) + ln(1 + e^-|x|)
+        return x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
+    }
+    apply(
+        Softplus {
+            shape: x.dims().to_vec(),
+        },
+        &[x],
+    )
+}
+
+struct Softplus {
+    shape: Vec<usize>,
+}
+
+impl Kernel for Softplus {
+    fn name(&self) -> &'static str {
+        "softplus"
+    }
+
+    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let out = inputs[0].iter().map(|&x| {
+            let zero = T::zero();
+            (if x > zero { x } else { zero }) + (-Float::abs(x)).exp().ln_1p()
+        });
+        (out.collect(), self.shape.clone())
+    }
+
+    fn backward<T: Real>(&self, inputs: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        let sigmoid = |x: T| T::one() / (T::one() + (-x).exp());
+        let out = inputs[0]
+            .iter()
+            .zip(gradient)
+            .map(|(&x, &g)| g * sigmoid(x));
+        vec![out.collect()]
+    }
+}
+
+/// The largest relative difference between a function's gradients and central differences, for tests: every input is
+/// f64; `f` gives a tensor that is summed with fixed random weights.
+pub fn gradient_error(
+    inputs: &[Tensor],
+    step: f64,
+    f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<f64> {
+    let vars = inputs
+        .iter()
+        .map(candle_core::Var::from_tensor)
+        .collect::<Result<Vec<_>>>()?;
+    let tracked: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+    let weighted = |y: &Tensor| -> Result<Tensor> {
+        let weights: Vec<f64> = (0..y.elem_count())
+            .map(|i| ((i * 37 + 11) % 101) as f64 / 50.0 - 1.0)
+            .collect();
+        (y * Tensor::from_vec(weights, y.shape(), y.device())?)?.sum_all()
+    };
+    let gradients = weighted(&f(&tracked)?)?.backward()?;
+    let mut worst = 0f64;
+    for (index, var) in vars.iter().enumerate() {
+        let analytic = match gradients.get(var.as_tensor()) {
+            Some(gradient) => gradient.flatten_all()?.to_vec1::<f64>()?,
+            None => vec![0.0; var.elem_count()],
+        };
+        let values = var.as_detached_tensor().flatten_all()?.to_vec1::<f64>()?;
+        let scale = analytic.iter().fold(1e-3f64, |m, g| m.max(g.abs()));
+        for element in 0..values.len() {
+            let at = |delta: f64| -> Result<f64> {
+                let mut moved = values.clone();
+                moved[element] += delta;
+                let mut inputs: Vec<Tensor> = tracked.iter().map(|t| t.detach()).collect();
+                inputs[index] = Tensor::from_vec(moved, var.shape(), var.device())?;
+                weighted(&f(&inputs)?)?.to_scalar::<f64>()
+            };
+            let numeric = (at(step)? - at(-step)?) / (2.0 * step);
+            let error = (numeric - analytic[element]).abs() / scale;
+            worst = if error.is_nan() {
+                f64::INFINITY
+            } else {
+                worst.max(error)
+            };
+        }
+    }
+    Ok(worst)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn softplus_keeps_small_values_and_has_its_gradient() {
+        let x = Tensor::new(&[-20.0f32, -7.0, 0.0, 3.0, 90.0], &Device::Cpu).unwrap();
+        let y = softplus(&x).unwrap().to_vec1::<f32>().unwrap();
+        for (x, y) in x.to_vec1::<f32>().unwrap().iter().zip(y) {
+            let exact = f64::from(*x).exp().ln_1p();
+            let exact = if exact.is_finite() {
+                exact
+            } else {
+                f64::from(*x)
+            };
+            assert!((f64::from(y) / exact - 1.0).abs() < 1e-6, "{x}: {y}");
+        }
+        let x = Tensor::new(&[[-3.0f64, 0.2], [1.0, 5.0]], &Device::Cpu).unwrap();
+        let error = gradient_error(&[x], 1e-5, &|x| softplus(&x[0])).unwrap();
+        assert!(error < 1e-8, "{error}");
+        let whole = Tensor::zeros(3, DType::U32, &Device::Cpu).unwrap();
+        assert!(softplus(&whole).is_err());
+    }
+}

@@ -1,0 +1,308 @@
+//! Causal softmax attention as a mixer, with the position schemes of paper 27 (NoPE): none, T5's relative bias, ALiBi,
+//! rotary; sinusoids are added to the embedding instead. The state is the keys and values seen.
+
+use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear};
+use crate::params::{Init, Params};
+use crate::position::alibi;
+use candle_core::{D, DType, Result, Tensor, bail};
+use serde::{Deserialize, Serialize};
+
+/// Where attention learns positions from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "scheme", rename_all = "kebab-case")]
+pub enum Position {
+    /// Nothing but the causal mask.
+    None,
+    /// A learned bias per head and distance bucket, one table for all layers.
+    T5Bias {
+        /// Height of the table.
+        #[serde(default = "buckets")]
+        buckets: usize,
+        /// Distances from here on share the last bucket.
+        #[serde(default = "max_distance")]
+        max_distance: usize,
+    },
+    /// A penalty linear in distance, with the published slopes.
+    Alibi,
+    /// Rotation of the first coordinates of each head, in adjacent pairs.
+    Rotary {
+        /// Share of coordinates that turn.
+        #[serde(default = "fraction")]
+        fraction: f64,
+        /// Base of the frequencies.
+        #[serde(default = "base")]
+        base: f64,
+    },
+}
+
+fn buckets() -> usize {
+    32
+}
+fn max_distance() -> usize {
+    128
+}
+fn fraction() -> f64 {
+    0.25
+}
+fn base() -> f64 {
+    10_000.0
+}
+
+/// Hyper-parameters of [`AttentionMixer`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttentionConfig {
+    /// Number of heads.
+    pub heads: usize,
+    /// Width of a head; none = d_model / heads.
+    pub head_dim: Option<usize>,
+    /// The position scheme.
+    pub position: Position,
+    /// Divide logits by the square root of the head's width; T5 and the paper's models do not (their start does).
+    pub scaled: bool,
+}
+
+impl Default for AttentionConfig {
+    fn default() -> Self {
+        AttentionConfig {
+            heads: 8,
+            head_dim: None,
+            position: Position::None,
+            scaled: true,
+        }
+    }
+}
+
+/// The layer: `q_proj`, `k_proj`, `v_proj`, `o_proj`, no biases.
+pub struct AttentionMixer {
+    config: AttentionConfig,
+    head_dim: usize,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    /// [buckets, heads]
+    bias: Option<Tensor>,
+}
+
+/// T5's bucket of a distance back (unidirectional): exact up to half the table, then logarithmic.
+pub fn t5_bucket(distance: usize, buckets: usize, max_distance: usize) -> usize {
+    let exact = buckets / 2;
+    if distance < exact {
+        return distance;
+    }
+    let ratio = (distance as f32 / exact as f32).ln() / (max_distance as f32 / exact as f32).ln();
+    (exact + (ratio * (buckets - exact) as f32) as usize).min(buckets - 1)
+}
+
+impl AttentionMixer {
+    /// Parameters in `params`, the bias table in `shared`.
+    pub fn new(
+        config: &AttentionConfig,
+        d_model: usize,
+        params: &Params<'_>,
+        shared: &Params<'_>,
+    ) -> Result<Self> {
+        let heads = config.heads;
+        if heads == 0 || (config.head_dim.is_none() && !d_model.is_multiple_of(heads)) {
+            bail!("attention: found {heads} heads, expected a divisor of d_model, {d_model}");
+        }
+        let head_dim = config.head_dim.unwrap_or(d_model / heads);
+        let inner = heads * head_dim;
+        // T5 starts queries smaller because its logits are not scaled.
+        let query = if config.scaled {
+            d_model
+        } else {
+            d_model * head_dim
+        };
+        let weight = |name: &str, rows: usize, cols: usize, fan: usize| {
+            let std = (fan as f64).powf(-0.5);
+            params
+                .at(name)
+                .get("weight", &[rows, cols], Init::Normal { std })
+        };
+        let bias = match config.position {
+            Position::T5Bias { buckets, .. } => Some(shared.at("relative_attention_bias").get(
+                "weight",
+                &[buckets, heads],
+                Init::Normal {
+                    std: (d_model as f64).powf(-0.5),
+                },
+            )?),
+            _ => None,
+        };
+        Ok(AttentionMixer {
+            config: config.clone(),
+            head_dim,
+            query: weight("q_proj", inner, d_model, query)?,
+            key: weight("k_proj", inner, d_model, d_model)?,
+            value: weight("v_proj", inner, d_model, d_model)?,
+            output: weight("o_proj", d_model, inner, inner)?,
+            bias,
+        })
+    }
+
+    /// What is added to the logits: [1, heads, queries, keys]; queries are the last of the keys' positions.
+    fn logit_bias(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
+        let (heads, past) = (self.config.heads, keys - queries);
+        let hidden = |i: usize, j: usize| j > past + i;
+        let distance = |i: usize, j: usize| (past + i).saturating_sub(j);
+        let all = || (0..queries).flat_map(|i| (0..keys).map(move |j| (i, j)));
+        let slopes = match self.config.position {
+            Position::Alibi => alibi::slopes(heads),
+            _ => vec![0.0],
+        };
+        let fixed: Vec<f32> = slopes
+            .iter()
+            .flat_map(|slope| {
+                all().map(move |(i, j)| {
+                    if hidden(i, j) {
+                        f32::NEG_INFINITY
+                    } else {
+                        -(slope * distance(i, j) as f64) as f32
+                    }
+                })
+            })
+            .collect();
+        let shape = (1, slopes.len(), queries, keys);
+        let fixed = Tensor::from_vec(fixed, shape, like.device())?.to_dtype(like.dtype())?;
+        let (
+            Some(table),
+            &Position::T5Bias {
+                buckets,
+                max_distance,
+            },
+        ) = (&self.bias, &self.config.position)
+        else {
+            return Ok(fixed);
+        };
+        let index: Vec<u32> = all()
+            .map(|(i, j)| t5_bucket(distance(i, j), buckets, max_distance) as u32)
+            .collect();
+        table
+            .index_select(&Tensor::new(index, like.device())?, 0)?
+            .t()?
+            .contiguous()?
+            .reshape((1, heads, queries, keys))?
+            .broadcast_add(&fixed)
+    }
+
+    /// x [batch, heads, tokens, head_dim] of positions from `start`, turned.
+    fn rotate(&self, x: &Tensor, start: usize) -> Result<Tensor> {
+        let Position::Rotary { fraction, base } = self.config.position else {
+            return Ok(x.clone());
+        };
+        let (batch, heads, tokens, head_dim) = x.dims4()?;
+        let half = (fraction * head_dim as f64) as usize / 2;
+        if half == 0 {
+            return Ok(x.clone());
+        }
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for t in start..start + tokens {
+            for m in 0..half {
+                let angle = t as f64 * base.powf(-(m as f64) / half as f64);
+                cos.push(angle.cos() as f32);
+                sin.push(angle.sin() as f32);
+            }
+        }
+        let table = |v: Vec<f32>| {
+            Tensor::from_vec(v, (1, 1, tokens, half), x.device())?.to_dtype(x.dtype())
+        };
+        let (cos, sin) = (table(cos)?, table(sin)?);
+        // Adjacent pairs: [.., 2 half] -> [.., half, 2]
+        let pairs = x
+            .narrow(3, 0, 2 * half)?
+            .contiguous()?
+            .reshape((batch, heads, tokens, half, 2))?;
+        let (a, b) = (
+            pairs.narrow(4, 0, 1)?.squeeze(4)?,
+            pairs.narrow(4, 1, 1)?.squeeze(4)?,
+        );
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        let turned =
+            Tensor::stack(&[first, second], 4)?.reshape((batch, heads, tokens, 2 * half))?;
+        if 2 * half == head_dim {
+            return Ok(turned);
+        }
+        Tensor::cat(&[turned, x.narrow(3, 2 * half, head_dim - 2 * half)?], 3)
+    }
+}
+
+impl SequenceMixer for AttentionMixer {
+    fn spec(&self) -> MixerSpec {
+        MixerSpec {
+            name: "attention",
+            causal: true,
+            state: StateKind::Growing,
+            state_gradient: None,
+        }
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        state: Option<&MixerState>,
+    ) -> Result<(Tensor, Option<MixerState>)> {
+        let (batch, length, _) = x.dims3()?;
+        if length == 0 {
+            return Ok((x.clone(), state.cloned()));
+        }
+        let (heads, d) = (self.config.heads, self.head_dim);
+        let start = state.map_or(0, |state| state.position);
+        // [batch, length, heads head_dim] -> [batch, heads, length, head_dim]
+        let split = |weight: &Tensor| {
+            linear(x, weight, None)?
+                .reshape((batch, length, heads, d))?
+                .transpose(1, 2)?
+                .contiguous()
+        };
+        let query = self.rotate(&split(&self.query)?, start)?;
+        let (mut key, mut value) = (self.rotate(&split(&self.key)?, start)?, split(&self.value)?);
+        if let Some(state) = state
+            && start > 0
+        {
+            key = Tensor::cat(&[state.get("key")?, &key], 2)?;
+            value = Tensor::cat(&[state.get("value")?, &value], 2)?;
+        }
+        let keys = start + length;
+        let mut scores = query
+            .contiguous()?
+            .matmul(&key.transpose(2, 3)?.contiguous()?)?;
+        if self.config.scaled {
+            scores = (scores * (d as f64).powf(-0.5))?;
+        }
+        let scores = scores.broadcast_add(&self.logit_bias(length, keys, x)?)?;
+        let top = scores.max_keepdim(D::Minus1)?.detach();
+        let weights = scores.broadcast_sub(&top)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        let y = weights
+            .matmul(&value.contiguous()?)?
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((batch, length, heads * d))?;
+        let next = state.map(|_| MixerState {
+            tensors: [("key".to_string(), key), ("value".to_string(), value)].into(),
+            position: keys,
+            plan: None,
+        });
+        Ok((linear(&y, &self.output, None)?, next))
+    }
+
+    fn init_state(&self, batch: usize) -> Result<MixerState> {
+        let empty = Tensor::zeros(
+            (batch, self.config.heads, 0, self.head_dim),
+            DType::F32,
+            self.query.device(),
+        )?;
+        Ok(MixerState {
+            tensors: [
+                ("key".to_string(), empty.clone()),
+                ("value".to_string(), empty),
+            ]
+            .into(),
+            position: 0,
+            plan: None,
+        })
+    }
+}

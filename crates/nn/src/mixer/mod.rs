@@ -1,0 +1,280 @@
+//! How the tokens of one layer exchange information: one trait for attention, state-space layers and recurrent nets.
+//!
+//! A mixer has a parallel form (whole sequences, differentiable), a step form (one token, a state that is changed in place)
+//! and a state that can be carried, split by batch rows and stored. Norms, residuals and MLPs belong to the block around it.
+
+mod attention;
+pub mod hippo;
+mod mamba2;
+mod rnn;
+mod s4;
+
+pub use attention::{AttentionConfig, AttentionMixer, Position, t5_bucket};
+pub use mamba2::{Mamba2, Mamba2Config};
+pub use rnn::{Rnn, RnnCell, RnnConfig};
+pub use s4::{DtTransform, S4, S4Config, S4Init, S4Mode};
+
+use crate::params::Params;
+use candle_core::{Result, Tensor, bail};
+use serde::{Deserialize, Serialize};
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// How a mixer's state grows with the tokens read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateKind {
+    /// There is no step form: the mixer looks both ways.
+    None,
+    /// The same size always.
+    Fixed,
+    /// A share per token.
+    Growing,
+}
+
+/// What a mixer can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MixerSpec {
+    /// Name in the registry.
+    pub name: &'static str,
+    /// Later tokens do not change earlier outputs.
+    pub causal: bool,
+    /// Growth of the state.
+    pub state: StateKind,
+    /// Why gradients do not flow into a carried state; none = they do.
+    pub state_gradient: Option<&'static str>,
+}
+
+/// State of a layer for a batch of sequences: named tensors, batch first, and the tokens read.
+#[derive(Clone, Default)]
+pub struct MixerState {
+    /// By name; the first axis is the batch.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Tokens read so far.
+    pub position: usize,
+    /// What a mixer computed from its weights for stepping; a state is valid for the weights it was made with.
+    plan: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl MixerState {
+    /// The tensor of this name.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        match self.tensors.get(name) {
+            Some(tensor) => Ok(tensor),
+            None => bail!("mixer state has no {name}: it is another kind of mixer's"),
+        }
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        self.tensors.values().map(size).sum()
+    }
+
+    /// The states of these sequences, in this order (beams, finished requests).
+    pub fn select(&self, rows: &[u32]) -> Result<MixerState> {
+        self.map(|t| {
+            t.contiguous()?
+                .index_select(&Tensor::new(rows, t.device())?, 0)
+        })
+    }
+
+    /// The same values; gradients stop here (truncated back-propagation through time).
+    pub fn detach(&self) -> MixerState {
+        MixerState {
+            tensors: self
+                .tensors
+                .iter()
+                .map(|(name, t)| (name.clone(), t.detach()))
+                .collect(),
+            position: self.position,
+            plan: self.plan.clone(),
+        }
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<MixerState> {
+        let tensors = self
+            .tensors
+            .iter()
+            .map(|(name, t)| Ok((name.clone(), f(t)?)));
+        Ok(MixerState {
+            tensors: tensors.collect::<Result<_>>()?,
+            position: self.position,
+            plan: self.plan.clone(),
+        })
+    }
+}
+
+/// One layer's mixing.
+pub trait SequenceMixer: Send + Sync {
+    /// What it can do.
+    fn spec(&self) -> MixerSpec;
+
+    /// Parallel form: x [batch, length, width] to the same, from a carried state (none = the start). The state after the
+    /// last token comes back when one was given; one from [`init_state`](Self::init_state) begins a sequence.
+    fn forward(
+        &self,
+        x: &Tensor,
+        state: Option<&MixerState>,
+    ) -> Result<(Tensor, Option<MixerState>)>;
+
+    /// The state before the first token.
+    ///
+    /// # Errors
+    /// For mixers that look both ways.
+    fn init_state(&self, batch: usize) -> Result<MixerState>;
+
+    /// Step form: x [batch, width] to the same; `state` moves on by one token. No gradients.
+    fn step(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
+        let (y, next) = self.forward(&x.detach().unsqueeze(1)?, Some(state))?;
+        match next {
+            Some(next) => *state = next.detach(),
+            None => bail!("{} gave no state", self.spec().name),
+        }
+        y.detach().squeeze(1)
+    }
+}
+
+/// Documents that lie flat, each on its own: x [tokens, width] to the same.
+///
+/// Documents are set out as rows of one batch, padded at their ends: what is causal does not see it. Mixers that look both
+/// ways read one document at a time.
+pub fn packed(mixer: &dyn SequenceMixer, x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
+    let (tokens, width) = x.dims2()?;
+    if lengths.iter().sum::<usize>() != tokens {
+        bail!(
+            "document lengths sum to {}, expected {tokens} tokens",
+            lengths.iter().sum::<usize>()
+        );
+    }
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let batch = lengths.len();
+    if batch * longest == tokens {
+        let rows = x.reshape((batch, longest, width))?;
+        return mixer
+            .forward(&rows, None)?
+            .0
+            .contiguous()?
+            .reshape((tokens, width));
+    }
+    if !mixer.spec().causal {
+        // What looks both ways would read padding after a document's end.
+        let (mut parts, mut start) = (Vec::new(), 0);
+        for &length in lengths.iter().filter(|&&length| length > 0) {
+            let document = x.narrow(0, start, length)?.unsqueeze(0)?;
+            parts.push(mixer.forward(&document, None)?.0.squeeze(0)?);
+            start += length;
+        }
+        return Tensor::cat(&parts, 0);
+    }
+    // Row `tokens` is the padding.
+    let (mut set, mut back, mut start) = (Vec::new(), Vec::new(), 0);
+    for (row, &length) in lengths.iter().enumerate() {
+        for t in 0..longest {
+            set.push(if t < length { start + t } else { tokens } as u32);
+            if t < length {
+                back.push((row * longest + t) as u32);
+            }
+        }
+        start += length;
+    }
+    let zero = Tensor::zeros((1, width), x.dtype(), x.device())?;
+    let rows = Tensor::cat(&[x, &zero], 0)?
+        .index_select(&Tensor::new(set, x.device())?, 0)?
+        .reshape((batch, longest, width))?;
+    mixer
+        .forward(&rows, None)?
+        .0
+        .contiguous()?
+        .reshape((batch * longest, width))?
+        .index_select(&Tensor::new(back, x.device())?, 0)
+}
+
+/// Sequences with padding anywhere: `keep` [batch][length] says which tokens are real. Padded tokens contribute nothing and
+/// their outputs are 0: x [batch, length, width] to the same.
+pub fn masked(mixer: &dyn SequenceMixer, x: &Tensor, keep: &[Vec<bool>]) -> Result<Tensor> {
+    let (batch, length, width) = x.dims3()?;
+    if keep.len() != batch || keep.iter().any(|row| row.len() != length) {
+        bail!(
+            "mask: found {} rows, expected [{batch}, {length}]",
+            keep.len()
+        );
+    }
+    let (mut real, mut lengths) = (Vec::new(), Vec::new());
+    // Padded tokens read a row of zeros that stands behind the real ones.
+    let mut back = vec![u32::MAX; batch * length];
+    for (row, keep) in keep.iter().enumerate() {
+        let before = real.len();
+        for (t, _) in keep.iter().enumerate().filter(|(_, keep)| **keep) {
+            back[row * length + t] = real.len() as u32;
+            real.push((row * length + t) as u32);
+        }
+        lengths.push(real.len() - before);
+    }
+    lengths.retain(|&length| length > 0);
+    if real.is_empty() {
+        return x.zeros_like();
+    }
+    let zeros = real.len() as u32;
+    back.iter_mut().for_each(|i| *i = (*i).min(zeros));
+    let flat = x.reshape((batch * length, width))?;
+    let flat = flat.index_select(&Tensor::new(real, x.device())?, 0)?;
+    let y = packed(mixer, &flat, &lengths)?;
+    let zero = Tensor::zeros((1, width), x.dtype(), x.device())?;
+    Tensor::cat(&[y, zero], 0)?
+        .index_select(&Tensor::new(back, x.device())?, 0)?
+        .reshape((batch, length, width))
+}
+
+/// A mixer by name with its hyper-parameters, as configuration files write it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum MixerConfig {
+    /// Causal softmax attention with a position scheme.
+    Attention(AttentionConfig),
+    /// S4 and S4D.
+    S4(S4Config),
+    /// Mamba-2.
+    Mamba2(Mamba2Config),
+    /// Elman, LSTM, GRU.
+    Rnn(RnnConfig),
+}
+
+impl MixerConfig {
+    /// The mixer, with parameters from `params`; `shared` is the name space of what all layers share.
+    pub fn build(
+        &self,
+        d_model: usize,
+        params: &Params<'_>,
+        shared: &Params<'_>,
+    ) -> Result<Box<dyn SequenceMixer>> {
+        Ok(match self {
+            MixerConfig::Attention(config) => {
+                Box::new(AttentionMixer::new(config, d_model, params, shared)?)
+            }
+            MixerConfig::S4(config) => Box::new(S4::new(config, d_model, params)?),
+            MixerConfig::Mamba2(config) => Box::new(Mamba2::new(config, d_model, params)?),
+            MixerConfig::Rnn(config) => Box::new(Rnn::new(config, d_model, params)?),
+        })
+    }
+}
+
+/// x [.., in] times weight [out, in] transposed, plus bias [out].
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let dims = x.dims();
+    let (rows, inputs) = (
+        x.elem_count() / dims[dims.len() - 1].max(1),
+        dims[dims.len() - 1],
+    );
+    let y = x
+        .contiguous()?
+        .reshape((rows, inputs))?
+        .matmul(&weight.t()?)?;
+    let y = match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    };
+    let mut shape = dims.to_vec();
+    shape[dims.len() - 1] = weight.dim(0)?;
+    y.reshape(shape)
+}
