@@ -389,6 +389,7 @@ pub fn attend_rows(
                     query_start: at.start,
                     scale: shape.scale,
                     softcap: shape.softcap,
+                    row_exact: false,
                     parts,
                 })
                 .collect();

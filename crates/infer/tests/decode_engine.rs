@@ -29,11 +29,14 @@ const POLICIES: [&str; 5] = [
 const WHOLE: [&str; 3] = ["llama-tied", "qwen2", "qwen3"];
 
 fn engine(name: &str) -> Engine {
+    engine_as(name, Precision::Dense(DType::F32))
+}
+
+fn engine_as(name: &str, precision: Precision) -> Engine {
     let folder = golden::root().join("tiny-models").join(name);
     let mut config = ModelConfig::from_hf_file(&folder.join("config.json")).unwrap();
     config.context_length = 256;
     let weights = HfWeights::open(&folder, &config).unwrap();
-    let precision = Precision::Dense(DType::F32);
     let model = Decoder::load(&config, &weights, precision, &Device::Cpu).unwrap();
     Engine::new(model, format!("tiny {name}")).unwrap()
 }
@@ -82,6 +85,44 @@ fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
         .map(|(a, b)| (a - b).abs())
         .fold(0.0, f32::max);
     assert!(worst <= tolerance, "{what}: differs by {worst}");
+}
+
+/// In the packed form, what a draft's token gets is what it would get alone, whatever stands beside it.
+#[test]
+fn packed_models_read_trees_and_batches_bit_for_bit_as_single_tokens() {
+    for name in WHOLE {
+        let engine = engine_as(name, Precision::Packed);
+        let vocab = engine.model().config().vocab_size;
+        for (length, nodes, seed) in [(60, 5, 0), (63, 12, 2), (120, 30, 6), (7, 16, 7)] {
+            let prompt = ids(length, seed, vocab);
+            let guesses = tree(nodes, seed, vocab);
+            let (mut root, _) = fresh(&engine, "full", &prompt);
+            let mut session = EngineSession::new(&engine, &mut root);
+            let found = session.step_tree(EngineSession::ROOT, &guesses).unwrap();
+            for node in 0..nodes as u32 {
+                let path = guesses.path(node);
+                let text: Vec<u32> = path.iter().map(|&n| guesses.tokens()[n as usize]).collect();
+                let (_, alone) = fresh(&engine, "full", &[&prompt[..], &text].concat());
+                let row = &found[node as usize * vocab..(node as usize + 1) * vocab];
+                assert!(
+                    row == alone,
+                    "{name}, {length} tokens, node {node} of {nodes}"
+                );
+            }
+            let path = guesses.path(nodes as u32 - 1);
+            session.commit_path(EngineSession::ROOT, &path).unwrap();
+            let fork = session.fork(EngineSession::ROOT).unwrap();
+            let mut text = prompt.clone();
+            text.extend(path.iter().map(|&n| guesses.tokens()[n as usize]));
+            let next = ids(2, seed + 50, vocab);
+            let both = [(EngineSession::ROOT, next[0]), (fork, next[1])];
+            let found = session.step(&both).unwrap();
+            for (row, &token) in found.chunks_exact(vocab).zip(&next) {
+                let (_, alone) = fresh(&engine, "full", &[&text[..], &[token]].concat());
+                assert!(row == alone, "{name}, a batch of two after {length} tokens");
+            }
+        }
+    }
 }
 
 /// A pseudo-random tree; shape 0 is a chain, 1 a star, others mixed.

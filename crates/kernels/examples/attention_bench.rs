@@ -209,6 +209,7 @@ impl Cache {
             query_start: start,
             scale: (dim as f32).powf(-0.5),
             softcap: None,
+            row_exact: false,
             parts: &parts,
         };
         let mut out = vec![0.0; query.len()];

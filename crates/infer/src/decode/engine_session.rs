@@ -5,7 +5,7 @@ use super::diversity::EmbeddingTable;
 use super::session::{
     DecodeError, DecodeSession, DraftTree, ForkedTree, Result, SeqId, SessionLimits, check_path,
 };
-use super::tree_forward::{TreeRows, one_pass, tree_forward};
+use super::tree_forward::{TreeRows, most_nodes, one_pass, tree_forward};
 use crate::engine::{Engine, EngineError, Sequence, Want};
 use longspan_kernels::ops::with_rows;
 
@@ -157,6 +157,7 @@ impl DecodeSession for EngineSession<'_> {
     fn limits(&self) -> SessionLimits {
         SessionLimits {
             one_pass_tree: self.one_pass(Self::ROOT).unwrap_or(false),
+            most_tree_nodes: most_nodes(),
         }
     }
 

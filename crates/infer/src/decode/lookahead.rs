@@ -176,6 +176,8 @@ pub struct Lookahead {
     budget: Budget,
     writer: Writer,
     idx: Option<i32>,
+    /// Of a tree that the session reads as it would token by token.
+    most_nodes: usize,
     /// The tree whose logits come next; None = plain logits.
     fed: Option<DraftTree>,
     shadow: Option<Shadow>,
@@ -199,6 +201,7 @@ impl Lookahead {
             loaded: false,
             writer: Writer::default(),
             idx: None,
+            most_nodes: usize::MAX,
             fed: None,
             shadow: None,
             asked_at: None,
@@ -314,7 +317,7 @@ impl Lookahead {
             isolate: config.isolate && !config.compat,
         };
         let draft = self.locked(&eos).draft(config.layout, &ask);
-        let mut nodes = draft.tree.len();
+        let mut nodes = draft.tree.len().min(self.most_nodes);
         if config.adaptive && nodes > 1 {
             nodes = self.budget.choose(draft.matched, nodes);
         }
@@ -360,12 +363,14 @@ impl Strategy for Lookahead {
     }
 
     fn begin(&mut self, session: &mut dyn DecodeSession, request: &Request) -> Result<()> {
-        if !session.limits().one_pass_tree {
+        let limits = session.limits();
+        if !limits.one_pass_tree {
             return Err(DecodeError::Refused(
                 "--decode lookahead verifies guesses in one pass, which needs --context full on the CPU and a model without sliding or length-dependent layers; take greedy or sample instead".into(),
             ));
         }
         self.load(&request.eos)?;
+        self.most_nodes = limits.most_tree_nodes;
         self.writer = Writer::new(session, request);
         self.sampler.begin(self.writer.history.len());
         (self.fed, self.shadow, self.asked_at) = (None, None, None);

@@ -46,6 +46,8 @@ pub struct SeqId(pub u32);
 pub struct SessionLimits {
     /// [`DecodeSession::step_tree`] is one pass over the model, so that guessing can pay.
     pub one_pass_tree: bool,
+    /// Nodes of a tree above which one pass rounds otherwise than token by token.
+    pub most_tree_nodes: usize,
 }
 
 /// Guesses at what comes next: node 0 follows the sequence's last token, every other node its parent.

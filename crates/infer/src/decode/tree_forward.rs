@@ -1,8 +1,8 @@
 //! A tree of guesses verified in one pass, under full attention on the CPU (paper 54's tree mask).
 //!
-//! All nodes attend to the sequence's cached keys in one kernel call without a mask; what they see of the
-//! tree itself, their ancestors, is a second call per unbranched run of nodes. Both are joined by their
-//! softmax denominators, so the kernels need no mask of their own and the cache is read once.
+//! Every path from the root to a leaf is a fork of the sequence's pages, so that a node's keys lie where
+//! they would if its path had been read token by token. An unbranched run of nodes is one causal kernel
+//! call over its fork, each row computed as if alone: the logits are plain decoding's, bit for bit.
 
 use super::session::DraftTree;
 use crate::context::ContextConfig;
@@ -10,41 +10,42 @@ use crate::engine::{Engine, EngineError, Result, Sequence};
 use crate::kv::{KeyForm, KvStore, Rows};
 use candle_core::{Device, Tensor};
 use longspan_kernels::attention::{self, Attention, Mask, Part, Tile, Tiles};
+use longspan_kernels::matmul;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
 use longspan_nn::attention::Attend;
 use longspan_nn::position::{RopeLayout, RopeTable, rotate};
 use std::io;
 use std::ops::Range;
 
-/// Keys and values of a tree's nodes, per layer, until a path is chosen.
+/// Most nodes of a tree whose products are those of single rows.
+pub(crate) fn most_nodes() -> usize {
+    matmul::independent_rows()
+}
+
+/// A path to a leaf and the sequence with it read.
+struct Branch {
+    /// Nodes from the root on.
+    path: Vec<u32>,
+    store: KvStore,
+}
+
+/// The branches of a tree that was read, until a path is chosen.
 pub(crate) struct TreeRows {
-    /// [layers][nodes, num_kv_heads head_dim], rotated.
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    branches: Vec<Branch>,
 }
 
 impl TreeRows {
-    /// Appends the nodes of a path to the sequence that the tree was read after.
+    /// Makes the sequence that the tree was read after the one that read the nodes of a path.
     pub(crate) fn commit(self, sequence: &mut Sequence, tree: &DraftTree, path: &[u32]) {
-        let layout = sequence.store.layout();
-        let width = layout.num_kv_heads * layout.head_dim;
-        let gather = |rows: &[f32]| -> Vec<f32> {
-            path.iter()
-                .flat_map(|&node| &rows[node as usize * width..(node as usize + 1) * width])
-                .copied()
-                .collect()
-        };
-        for (layer, (keys, values)) in self.keys.iter().zip(&self.values).enumerate() {
-            let (keys, values) = (gather(keys), gather(values));
-            let rows = |data| Rows {
-                data,
-                stride: width,
-            };
-            let store = &mut sequence.store;
-            store.append(layer, rows(&keys), rows(&keys), rows(&values), path.len());
+        if path.is_empty() {
+            return;
         }
+        let mut branches = self.branches.into_iter();
+        let branch = branches.find(|branch| branch.path.starts_with(path));
+        sequence.store = branch.expect("a path lies on a branch").store;
         let tokens = path.iter().map(|&node| tree.tokens()[node as usize]);
         sequence.tokens.extend(tokens);
+        sequence.store.truncate(sequence.tokens.len() as u64);
     }
 }
 
@@ -85,57 +86,66 @@ pub(crate) fn tree_forward(
             (half, cos, sin)
         })
         .collect();
+    let branches = branches(tree, &sequence.store);
     let mut attend = TreeAttend {
         engine,
-        store: &mut sequence.store,
         start: start as u64,
         tables,
-        runs: runs(tree, start as u64),
-        rows: TreeRows {
-            keys: Vec::new(),
-            values: Vec::new(),
-        },
+        runs: runs(tree, &branches),
+        branches,
         error: None,
     };
     let hidden = model.hidden(tree.tokens(), &mut attend);
-    let (error, rows) = (attend.error.take(), attend.rows);
-    sequence.store.truncate(start as u64);
+    let (error, branches) = (attend.error.take(), attend.branches);
     if let Some(error) = error {
         return Err(EngineError::Io(error));
     }
     let logits = model.logits(&hidden?)?.to_device(&Device::Cpu)?;
-    Ok((with_rows(&logits, <[f32]>::to_vec)?, rows))
+    Ok((with_rows(&logits, <[f32]>::to_vec)?, TreeRows { branches }))
 }
 
-/// Nodes that follow one another without a branch, and the slots of the tree that they see.
+fn branches(tree: &DraftTree, store: &KvStore) -> Vec<Branch> {
+    let mut inner = vec![false; tree.len()];
+    for &parent in &tree.parents()[1..] {
+        inner[parent as usize] = true;
+    }
+    let leaves = (0..tree.len()).filter(|&node| !inner[node]);
+    leaves
+        .map(|leaf| Branch {
+            path: tree.path(leaf as u32),
+            store: store.clone(),
+        })
+        .collect()
+}
+
+/// Nodes that follow one another without a branch.
 struct Run {
     nodes: Range<usize>,
-    /// Token ranges in the store: the ancestors of the first node, then the run itself.
-    slots: Vec<Range<u64>>,
+    /// Depth of the first.
+    depth: usize,
+    /// A branch that they lie on.
+    branch: usize,
 }
 
-fn runs(tree: &DraftTree, start: u64) -> Vec<Run> {
+fn runs(tree: &DraftTree, branches: &[Branch]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for node in 0..tree.len() {
         if let Some(run) = runs.last_mut()
             && node > 0
             && tree.parents()[node] as usize == node - 1
+            && branches[run.branch].path.contains(&(node as u32))
         {
             run.nodes.end = node + 1;
-            run.slots.last_mut().expect("a run sees itself").end += 1;
             continue;
         }
-        let mut slots: Vec<Range<u64>> = Vec::new();
-        for seen in tree.path(node as u32) {
-            let slot = start + u64::from(seen);
-            match slots.last_mut() {
-                Some(range) if range.end == slot => range.end += 1,
-                _ => slots.push(slot..slot + 1),
-            }
-        }
+        let on = |branch: &Branch| branch.path.contains(&(node as u32));
         runs.push(Run {
             nodes: node..node + 1,
-            slots,
+            depth: tree.depth(node as u32),
+            branch: branches
+                .iter()
+                .position(on)
+                .expect("a node lies on a branch"),
         });
     }
     runs
@@ -143,13 +153,12 @@ fn runs(tree: &DraftTree, start: u64) -> Vec<Run> {
 
 struct TreeAttend<'a> {
     engine: &'a Engine,
-    store: &'a mut KvStore,
-    /// Tokens of the sequence; node i lies in slot `start + i` for the time of the call.
+    /// Tokens of the sequence.
     start: u64,
     /// Per rotary basis: half its dimensions, cos and sin [nodes, half] at the nodes' depths.
     tables: Vec<(usize, Vec<f32>, Vec<f32>)>,
     runs: Vec<Run>,
-    rows: TreeRows,
+    branches: Vec<Branch>,
     /// candle's error type cannot carry ours back; it waits here.
     error: Option<io::Error>,
 }
@@ -177,66 +186,64 @@ impl TreeAttend<'_> {
         Ok(rows)
     }
 
+    /// Adds a layer's keys and values [nodes, width] to every branch.
+    fn append(&mut self, layer: usize, keys: &[f32], values: &[f32], width: usize) {
+        let gather = |rows: &[f32], path: &[u32]| -> Vec<f32> {
+            path.iter()
+                .flat_map(|&node| &rows[node as usize * width..(node as usize + 1) * width])
+                .copied()
+                .collect()
+        };
+        let stride = width;
+        for Branch { path, store } in &mut self.branches {
+            let (keys, values) = (gather(keys, path), gather(values, path));
+            let rows = |data| Rows { data, stride };
+            store.append(layer, rows(&keys), rows(&keys), rows(&values), path.len());
+        }
+    }
+
     /// Attention of all nodes: query [nodes, num_heads head_dim] rotated, out alike.
     fn attend_nodes(&self, layer: usize, query: &[f32], nodes: usize) -> io::Result<Vec<f32>> {
         let config = self.engine.model().config();
         let width = config.num_heads * config.head_dim;
-        // [nodes, width] over the sequence, then [nodes, width] over the tree.
-        let mut out = vec![0f32; 2 * nodes * width];
-        let tiles = |ranges: &[Range<u64>]| self.store.tiles(layer, ranges, KeyForm::Rotated);
-        let mut lists: Vec<(Range<usize>, Vec<Tile<'_>>, Mask)> = vec![(
-            0..nodes,
-            tiles(std::slice::from_ref(&(0..self.start)))?,
-            Mask::All,
-        )];
-        for run in &self.runs {
-            // Slots rise along a run and its ancestors lie before it: causal by slot is the tree's mask.
-            lists.push((run.nodes.clone(), tiles(&run.slots)?, Mask::Causal));
-        }
-        let parts: Vec<[Part<'_>; 1]> = lists
-            .iter()
-            .map(|(nodes, tiles, mask)| {
+        let mut out = vec![0f32; nodes * width];
+        let tiles = (self.runs.iter())
+            .map(|run| {
+                let end = self.start + (run.depth + run.nodes.len()) as u64;
+                let store = &self.branches[run.branch].store;
+                store.tiles(layer, std::slice::from_ref(&(0..end)), KeyForm::Rotated)
+            })
+            .collect::<io::Result<Vec<Vec<Tile<'_>>>>>()?;
+        let parts: Vec<[Part<'_>; 1]> = (self.runs.iter().zip(&tiles))
+            .map(|(run, tiles)| {
                 [Part {
-                    query: &query[nodes.start * width..nodes.end * width],
+                    query: &query[run.nodes.start * width..run.nodes.end * width],
                     tiles: Tiles::Shared(tiles),
-                    mask: *mask,
+                    mask: Mask::Causal,
                     column_sums: false,
                 }]
             })
             .collect();
-        let items: Vec<Attention<'_>> = lists
-            .iter()
-            .zip(&parts)
-            .map(|((nodes, ..), parts)| Attention {
-                layout: self.store.layout(),
+        let items: Vec<Attention<'_>> = (self.runs.iter().zip(&parts))
+            .map(|(run, parts)| Attention {
+                layout: self.branches[run.branch].store.layout(),
                 num_heads: config.num_heads,
-                queries: nodes.len(),
-                query_start: self.start + nodes.start as u64,
+                queries: run.nodes.len(),
+                query_start: self.start + run.depth as u64,
                 scale: config.attention_scale,
                 softcap: config.attention_softcap,
+                row_exact: true,
                 parts,
             })
             .collect();
         let mut outs = Vec::with_capacity(items.len());
         let mut rest = &mut out[..];
-        for (nodes, ..) in &lists {
-            let (mine, tail) = rest.split_at_mut(nodes.len() * width);
+        for run in &self.runs {
+            let (mine, tail) = rest.split_at_mut(run.nodes.len() * width);
             outs.push(mine);
             rest = tail;
         }
-        let results = attention::attention_batch(&items, &mut outs);
-        let (over_sequence, over_tree) = out.split_at_mut(nodes * width);
-        let heads = results[0].lse.iter();
-        let tree_lse = results[1..].iter().flat_map(|result| &result.lse);
-        for (index, (&a, &b)) in heads.zip(tree_lse).enumerate() {
-            let span = index * config.head_dim..(index + 1) * config.head_dim;
-            // The share of the sequence in the joint denominator; 0 if it is empty (a = -inf).
-            let share = 1.0 / (1.0 + (b - a).exp());
-            for (x, &y) in over_sequence[span.clone()].iter_mut().zip(&over_tree[span]) {
-                *x = *x * share + y * (1.0 - share);
-            }
-        }
-        out.truncate(nodes * width);
+        attention::attention_batch(&items, &mut outs);
         Ok(out)
     }
 }
@@ -263,14 +270,7 @@ impl Attend for TreeAttend<'_> {
         let query = self.rotated(layer, query)?;
         let key = self.rotated(layer, key)?;
         let value = contiguous(value, nodes, kv_width)?;
-        let rows = |data| Rows {
-            data,
-            stride: kv_width,
-        };
-        self.store
-            .append(layer, rows(&key), rows(&key), rows(&value), nodes);
-        self.rows.keys.push(key);
-        self.rows.values.push(value);
+        self.append(layer, &key, &value, kv_width);
         match self.attend_nodes(layer, &query, nodes) {
             Ok(out) => Tensor::from_vec(out, (nodes, width), &Device::Cpu),
             Err(error) => {

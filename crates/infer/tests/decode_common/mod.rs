@@ -173,6 +173,7 @@ impl DecodeSession for TableSession {
     fn limits(&self) -> SessionLimits {
         SessionLimits {
             one_pass_tree: true,
+            most_tree_nodes: usize::MAX,
         }
     }
 

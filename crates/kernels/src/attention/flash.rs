@@ -146,7 +146,7 @@ pub(super) unsafe fn run<'s, L: Entries, T: TileUnit>(
     let (dim, width) = (args.layout.head_dim, args.layout.padded_dim());
     scratch.max.room(rows).fill(f32::NEG_INFINITY);
     scratch.sum.room(rows * 16).fill(0.0);
-    let tiled = rows >= EXPAND_ROWS && amx::fits::<T>(args);
+    let tiled = rows >= EXPAND_ROWS && !args.by_row() && amx::fits::<T>(args);
     scratch.out.room((rows + amx::STEP_ROWS) * width)[..rows * width].fill(0.0);
     scratch.logits.room(rows * PAGE);
     scratch.query.room(rows * dim);
@@ -531,7 +531,7 @@ unsafe fn value_codes(product: &Product, scratch: &mut Scratch) {
 /// products.
 fn by_words<L: Entries>(args: &Attention, rows: usize) -> bool {
     let half = matches!(args.layout.dtype, KvDtype::F16 | KvDtype::Bf16);
-    cfg!(target_arch = "x86_64") && L::CODES && half && rows >= EXPAND_ROWS
+    cfg!(target_arch = "x86_64") && L::CODES && half && rows >= EXPAND_ROWS && !args.by_row()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -675,7 +675,7 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
         let count = queries.1 - queries.0;
         pack_queries::<L>(args, &block, part, scratch.query.room(rows * dim));
         // As in the first pass, so that the logits are the same.
-        let tiled = rows >= EXPAND_ROWS && amx::fits::<T>(args);
+        let tiled = rows >= EXPAND_ROWS && !args.by_row() && amx::fits::<T>(args);
         let worded = !tiled && by_words::<L>(args, rows);
         if tiled {
             round_queries(scratch, rows, dim);

@@ -124,6 +124,9 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// `Some(c)`: logits become `c * tanh(logits / c)`.
     pub softcap: Option<f32>,
+    /// Each query's result is, bit for bit, what a call with that query alone gives, whatever stands
+    /// beside it: no arithmetic that pays only for many rows. For verifying drafts.
+    pub row_exact: bool,
     /// The parts whose union is attended.
     pub parts: &'a [Part<'a>],
 }
@@ -168,6 +171,11 @@ pub enum AttentionError {
 }
 
 impl Attention<'_> {
+    /// Whether a query's result may not depend on the others of the call.
+    pub(crate) fn by_row(&self) -> bool {
+        self.row_exact || self.queries == 1
+    }
+
     /// Query heads per kv head.
     pub(crate) fn group(&self) -> usize {
         self.num_heads / self.layout.num_kv_heads

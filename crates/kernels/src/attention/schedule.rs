@@ -1,8 +1,9 @@
 //! Hands blocks of queries and ranges of keys to threads, and merges the ranges.
 //!
-//! Prefill splits by kv head and query block; when that gives too few shares (decode), the keys
-//! are split as well and the partial softmaxes merged by their maxima and sums. Calls too small
-//! to be worth waking a thread run on the caller.
+//! Prefill splits by kv head and query block; when that gives too few shares, the keys are split as
+//! well and the partial softmaxes merged by their maxima and sums. Single queries (decode) are always
+//! split at the same keys, so that their results depend neither on the number of threads nor on the
+//! rest of a batch. Calls too small to be worth waking a thread run on the caller.
 
 use super::flash::{self, Block, Outcome, Scratch};
 use super::lanes::Portable;
@@ -34,6 +35,8 @@ const FORK_NANOSECONDS: usize = 20_000;
 const SHARES_PER_THREAD: usize = 4;
 /// Fewest tiles of a share of keys.
 const LEAST_TILES: usize = 4;
+/// Tiles of a share where queries stand for themselves: some microseconds of work.
+const ROW_TILES: usize = 8;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -226,7 +229,14 @@ fn split(jobs: &[Job], threads: usize) -> (Vec<Item>, Vec<Merge>, usize) {
     let (mut merges, mut offset) = (Vec::new(), 0);
     for (job, block, tiles) in blocks {
         let args = jobs[job].args;
-        let shares = shares_per_block.min(tiles / LEAST_TILES).max(1);
+        // Where the shares of `tiles` begin and end.
+        let (shares, cut): (usize, &dyn Fn(usize) -> usize) = if args.by_row() {
+            let shares = tiles.div_ceil(ROW_TILES).max(1);
+            (shares, &|share| (share * ROW_TILES).min(tiles))
+        } else {
+            let shares = shares_per_block.min(tiles / LEAST_TILES).max(1);
+            (shares, &move |share| share * tiles / shares)
+        };
         if shares == 1 {
             let cost = if threads > 1 { cost(args, &block) } else { 0 };
             items.push(Item {
@@ -244,7 +254,7 @@ fn split(jobs: &[Job], threads: usize) -> (Vec<Item>, Vec<Merge>, usize) {
             shares,
         });
         for share in 0..shares {
-            let tiles = (share * tiles / shares, (share + 1) * tiles / shares);
+            let tiles = (cut(share), cut(share + 1));
             let block = Block { tiles, ..block };
             items.push(Item {
                 job,

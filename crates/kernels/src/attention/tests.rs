@@ -138,6 +138,7 @@ fn with_case(case: &Case, check: impl Fn(&Attention)) {
         query_start,
         scale: (case.head_dim as f32).powf(-0.5),
         softcap: case.softcap.then_some(4.0),
+        row_exact: false,
         parts: &parts,
     });
 }
@@ -293,6 +294,69 @@ fn context<'a>(pages: &'a [(Vec<u8>, Vec<u8>)], last: u8) -> Vec<Tile<'a>> {
     pages.iter().enumerate().map(tile).collect()
 }
 
+/// Verified drafts must be what decoding token by token gives, at every level: no tolerance.
+#[test]
+fn rows_that_stand_for_themselves_equal_single_queries_bit_for_bit() {
+    let random = &mut Random(17);
+    // Some queries see one share of the keys more than others do (8 tiles of 64).
+    for (pages, queries) in [(1, 3), (3, 17), (9, 30), (17, 66)] {
+        for (dtype, group) in [
+            (KvDtype::F32, 1),
+            (KvDtype::F16, 3),
+            (KvDtype::F16, 7),
+            (KvDtype::Bf16, 7),
+            (KvDtype::Bf16, 16),
+            (KvDtype::Int8, 2),
+        ] {
+            let layout = KvLayout {
+                num_kv_heads: 2,
+                head_dim: 64,
+                dtype,
+            };
+            let num_heads = 2 * group;
+            let planes: Vec<_> = (0..pages).map(|_| page(&layout, random)).collect();
+            let last = 1 + random.below(PAGE) as u64;
+            let end = (pages as u64 - 1) * 64 + last;
+            let queries = queries.min(end as usize);
+            let start = end - queries as u64;
+            let width = num_heads * 64;
+            let query = random.floats(queries * width, 1.5);
+            let run = |level, first: usize, count: usize| {
+                // What a store holds when query `first + count - 1` is the newest.
+                let end = start + (first + count) as u64;
+                let used = end.div_ceil(64) as usize;
+                let tiles = context(&planes[..used], (end - (used as u64 - 1) * 64) as u8);
+                let parts = [Part {
+                    query: &query[first * width..(first + count) * width],
+                    tiles: Tiles::Shared(&tiles),
+                    mask: Mask::Causal,
+                    column_sums: false,
+                }];
+                let args = Attention {
+                    layout,
+                    num_heads,
+                    queries: count,
+                    query_start: start + first as u64,
+                    scale: 0.125,
+                    softcap: None,
+                    row_exact: count > 1,
+                    parts: &parts,
+                };
+                let mut out = vec![0.0; count * width];
+                attention_at(level, &args, &mut out);
+                out
+            };
+            for level in Level::available() {
+                let together = run(level, 0, queries);
+                for (index, row) in together.chunks_exact(width).enumerate() {
+                    let what = format!("{} {dtype:?} x{group}: {index}", level.name());
+                    assert_eq!(row, run(level, index, 1), "{what} of {queries}");
+                }
+            }
+        }
+    }
+}
+
 /// Long contexts of several sequences: the keys are split over threads and merged, and a batch
 /// gives what its items give alone.
 #[test]
@@ -338,6 +402,7 @@ fn batches_and_split_keys_agree_with_the_naive_twin() {
                 query_start: (tiles.len() * PAGE - 47 - queries) as u64,
                 scale: 0.125,
                 softcap: None,
+                row_exact: false,
                 parts,
             })
             .collect();
@@ -398,6 +463,7 @@ fn queries_without_keys_give_zeros_and_huge_logits_stay_finite() {
                 query_start,
                 scale,
                 softcap: None,
+                row_exact: false,
                 parts: &parts,
             };
             let mut out = vec![f32::NAN; 32];
@@ -493,6 +559,7 @@ fn contradicting_fields_are_named() {
             query_start: 0,
             scale: 1.0,
             softcap: None,
+            row_exact: false,
             parts: &parts,
         };
         args.check(out_len)

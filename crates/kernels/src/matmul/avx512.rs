@@ -138,6 +138,53 @@ unsafe fn rows<const MIN: bool, const HALVES: bool, const R: usize>(
     }
 }
 
+/// As [`rows`] for the only row of `x`, returned as its sum. Four chains of dot products and a sum in a register:
+/// one row alone would wait for its own results. Integer sums are the same in any order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn one_row<const MIN: bool, const HALVES: bool>(
+    codes: &[__m512i; 8],
+    d: &[__m512; 2],
+    m: &[__m512; 2],
+    x: &RowBlock,
+    group: usize,
+    sum: __m512,
+) -> __m512 {
+    let parts = if HALVES { 2 } else { 1 };
+    let quads = 8 / parts;
+    let line: *const i32 = x.values.add(64 * group).cast();
+    let terms = x.terms.add(group * parts);
+    let mut product = _mm512_setzero_ps();
+    for part in 0..parts {
+        let mut high = [_mm512_setzero_si512(); 2];
+        let mut low = high;
+        if !MIN {
+            low[0] = _mm512_set1_epi32(*terms.add(part).cast());
+        }
+        for quad in quads * part..quads * (part + 1) {
+            let (first, second) = (line.add(quad), line.add(8 + quad));
+            let (high, low) = (&mut high[quad % 2], &mut low[quad % 2]);
+            *high = _mm512_dpbusd_epi32(*high, codes[quad], _mm512_set1_epi32(*first));
+            *low = _mm512_dpbusd_epi32(*low, codes[quad], _mm512_set1_epi32(*second));
+        }
+        let high = _mm512_slli_epi32::<8>(_mm512_add_epi32(high[0], high[1]));
+        let dot = _mm512_add_epi32(high, _mm512_add_epi32(low[0], low[1]));
+        let dot = _mm512_cvtepi32_ps(dot);
+        product = match part {
+            0 => _mm512_mul_ps(dot, d[0]),
+            _ => _mm512_fmadd_ps(dot, d[1], product),
+        };
+    }
+    let mut sum = _mm512_fmadd_ps(product, _mm512_set1_ps(*x.scales.add(group)), sum);
+    if MIN {
+        for part in 0..parts {
+            let term = _mm512_set1_ps(*terms.add(part).cast());
+            sum = _mm512_fmadd_ps(m[part], term, sum);
+        }
+    }
+    sum
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn quantized<const BITS: u8, const MIN: bool, const HALVES: bool>(
     panel: *const u8,
@@ -153,26 +200,46 @@ unsafe fn quantized<const BITS: u8, const MIN: bool, const HALVES: bool>(
     };
     let bytes = format.block_bytes();
     let halves = |at: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(at.cast()));
-    for index in 0..blocks {
-        let block = panel.add(index * bytes);
+    let prefetch = |block: *const u8| {
         for line in (0..bytes).step_by(64) {
             _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast());
         }
+    };
+    let scales = |block: *const u8, group: usize| {
+        let at = |at: usize| {
+            let start = block.add(at + if HALVES { 64 } else { 32 } * group);
+            [
+                halves(start),
+                if HALVES {
+                    halves(start.add(32))
+                } else {
+                    _mm512_setzero_ps()
+                },
+            ]
+        };
+        let d = at(format.scales_at());
+        (d, if MIN { at(format.mins_at()) } else { d })
+    };
+    if x.rows == 1 {
+        let mut sum = _mm512_loadu_ps(sums.cast());
+        for index in 0..blocks {
+            let block = panel.add(index * bytes);
+            prefetch(block);
+            for group in 0..2 {
+                let codes = unpack::<BITS>(block, group);
+                let (d, m) = scales(block, group);
+                sum = one_row::<MIN, HALVES>(&codes, &d, &m, x, 2 * index + group, sum);
+            }
+        }
+        _mm512_storeu_ps(sums.cast(), sum);
+        return;
+    }
+    for index in 0..blocks {
+        let block = panel.add(index * bytes);
+        prefetch(block);
         for group in 0..2 {
             let codes = unpack::<BITS>(block, group);
-            let scales = |at: usize| {
-                let start = block.add(at + if HALVES { 64 } else { 32 } * group);
-                [
-                    halves(start),
-                    if HALVES {
-                        halves(start.add(32))
-                    } else {
-                        _mm512_setzero_ps()
-                    },
-                ]
-            };
-            let d = scales(format.scales_at());
-            let m = if MIN { scales(format.mins_at()) } else { d };
+            let (d, m) = scales(block, group);
             let (group, mut r) = (2 * index + group, 0);
             while r + WIDE <= x.rows {
                 rows::<MIN, HALVES, WIDE>(&codes, &d, &m, x, group, r, sums);
@@ -182,9 +249,12 @@ unsafe fn quantized<const BITS: u8, const MIN: bool, const HALVES: bool>(
                 rows::<MIN, HALVES, 4>(&codes, &d, &m, x, group, r, sums);
                 r += 4;
             }
-            while r < x.rows {
+            if r + 2 <= x.rows {
+                rows::<MIN, HALVES, 2>(&codes, &d, &m, x, group, r, sums);
+                r += 2;
+            }
+            if r < x.rows {
                 rows::<MIN, HALVES, 1>(&codes, &d, &m, x, group, r, sums);
-                r += 1;
             }
         }
     }

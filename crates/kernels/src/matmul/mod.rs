@@ -151,6 +151,22 @@ thread_local! {
     static HIDDEN: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Most rows of `x` that are surely computed as each would be alone, bit for bit, at the level in
+/// force: integer products whose order of sums does not depend on the number of rows.
+pub fn independent_rows() -> usize {
+    independent_rows_at(Level::current())
+}
+
+fn independent_rows_at(level: Level) -> usize {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx => amx::MIN_ROWS - 1,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => words::MIN_ROWS - 1,
+        _ => usize::MAX,
+    }
+}
+
 /// Rows of `x` that share a pass over a panel.
 const ROW_BLOCK: usize = 16;
 /// Panels that take turns with one block of rows.

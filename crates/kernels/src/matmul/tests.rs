@@ -268,6 +268,32 @@ fn one_row_and_whole_blocks_of_rows() {
     }
 }
 
+#[test]
+fn up_to_some_number_rows_are_what_each_is_alone_bit_for_bit() {
+    let (rows, cols) = (37, 512);
+    for (seed, ty) in GgmlType::ALL.into_iter().enumerate() {
+        let bytes = random_tensor(ty, rows * cols, seed as u64);
+        let bytes = &bytes;
+        let matrix = PackedMatrix::pack(cols, &[MatrixSource { ty, rows, bytes }]).expect("fits");
+        for level in Level::available() {
+            for m in [2, 3, 5, 7, 12, 16, 17, 31, 95] {
+                if m > independent_rows_at(level) {
+                    continue;
+                }
+                let x = noise(seed as u64 + 50, m * cols);
+                let mut together = vec![0.0; m * rows];
+                matrix.matmul_at(level, &x, m, &mut together, Epilogue::default());
+                for (r, (x, found)) in x.chunks(cols).zip(together.chunks(rows)).enumerate() {
+                    let mut alone = vec![0.0; rows];
+                    matrix.matmul_at(level, x, 1, &mut alone, Epilogue::default());
+                    let what = format!("{} {ty:?}: row {r} of {m}", level.name());
+                    assert!(found == alone, "{what}");
+                }
+            }
+        }
+    }
+}
+
 /// A gated product is the activation of the plain product's first half times the second, fused or
 /// not, with halves of different types too.
 #[test]

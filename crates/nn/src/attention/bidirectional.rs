@@ -133,6 +133,7 @@ impl BidirectionalAttention {
                     query_start: 0,
                     scale: (dim as f32).powf(-0.5),
                     softcap: None,
+                    row_exact: false,
                     parts,
                 })
                 .collect();
