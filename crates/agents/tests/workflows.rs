@@ -442,9 +442,22 @@ fn writing_says_what_fails_and_shortens_what_it_shows() {
         .run_with("x", Some(plan()), &Call::default(), &mut Silent)
         .unwrap_err();
     assert!(
-        error.to_string().contains("wrote nothing for step 1"),
+        error.to_string().contains("wrote nothing for step 1 in 5 tries"),
         "{error}"
     );
+    assert_eq!(mute.requests().len(), 5);
+    let tries = AtomicUsize::new(0);
+    let late = Scripted::new(move |_| {
+        Ok(match tries.fetch_add(1, Ordering::Relaxed) {
+            0 => String::new(),
+            _ => "wave ".repeat(90),
+        })
+    });
+    let text = AgentWrite::new(&late, AgentWriteConfig::default())
+        .run_with("x", Some(plan()), &Call::default(), &mut Silent)
+        .unwrap();
+    assert_eq!(late.requests().len(), 2);
+    assert_eq!(count_words(&text.paragraphs.concat()), 90);
     struct Notes(Vec<String>);
     impl longspan_agents::workflow::Observer for Notes {
         fn note(&mut self, text: &str) {

@@ -447,22 +447,30 @@ impl<'a> AgentWrite<'a> {
             let reply = aloud(self.model, &request, &step, &mut state.took, observer)?;
             let part = clean(&reply);
             if part.is_empty() {
-                match attempt {
-                    0 => {
-                        return Err(ChatError::Protocol(format!(
-                            "write: the model wrote nothing for step {}: {:?}",
-                            index + 1,
-                            state.plan[index].point
-                        )));
-                    }
+                if !written.is_empty() {
                     // It has nothing to add.
-                    _ => break,
+                    break;
                 }
+                // Another seed, another chance: small models now and then end where they should begin.
+                observer.note(&format!(
+                    "step {}: try {} came back empty",
+                    index + 1,
+                    attempt + 1
+                ));
+                continue;
             }
             if !written.is_empty() {
                 written.push(' ');
             }
             written.push_str(&part);
+        }
+        if written.is_empty() {
+            return Err(ChatError::Protocol(format!(
+                "write: the model wrote nothing for step {} in {} tries: {:?}; go on with another --seed or a higher --temperature",
+                index + 1,
+                self.config.extend + 1,
+                state.plan[index].point
+            )));
         }
         Ok(written)
     }
