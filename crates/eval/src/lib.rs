@@ -9,6 +9,7 @@ pub mod cache;
 pub mod cell;
 pub mod compare;
 pub mod count;
+pub mod dialogue;
 pub mod error;
 pub mod metric;
 pub mod ppl;

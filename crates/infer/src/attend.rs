@@ -5,7 +5,7 @@
 
 use crate::context::{Angle, ColumnSums, ContextPolicy, Keys, LayerAt, Plan, Queries, Window};
 use crate::kv::{KeyForm, KvStore, Rows};
-use longspan_kernels::attention::{self, Attention, Tile, Tiles};
+use longspan_kernels::attention::{self, Alibi, Attention, Place, Tile, Tiles};
 use longspan_kernels::elementwise::split_rows;
 use longspan_kernels::pool::SharedMut;
 use longspan_nn::position::{Frequencies, RopeLayout, RopeTable, rotate};
@@ -14,7 +14,7 @@ use std::io;
 
 /// What attention needs to know of one layer.
 #[derive(Clone, Copy)]
-pub struct LayerShape {
+pub struct LayerShape<'a> {
     /// Layer index.
     pub layer: usize,
     /// Query heads.
@@ -25,6 +25,23 @@ pub struct LayerShape {
     pub softcap: Option<f32>,
     /// The layer sees only so many tokens by construction; policies leave it alone.
     pub sliding_window: Option<usize>,
+    /// ALiBi's slope of each query head, for models without rotation.
+    pub alibi: Option<&'a [f32]>,
+}
+
+impl<'a> LayerShape<'a> {
+    /// ALiBi of a part. Distances are those that rotation would show: raw keys are at angle zero.
+    fn alibi(&self, angle: Angle, form: KeyForm) -> Option<Alibi<'a>> {
+        Some(Alibi {
+            slopes: self.alibi?,
+            query: match angle {
+                Angle::Own => Place::Own,
+                Angle::AtMost(limit) => Place::AtMost(limit),
+                Angle::Fixed(position) => Place::At(position),
+            },
+            keys_at: (form == KeyForm::Raw).then_some(0),
+        })
+    }
 }
 
 /// One sequence's share of a call.
@@ -194,7 +211,7 @@ enum PartTiles<'a> {
 /// Attention of all rows. query [tokens, num_heads head_dim], key and value
 /// [tokens, num_kv_heads head_dim], un-rotated, rows one after another; out as query, contiguous.
 pub fn attend_rows(
-    shape: LayerShape,
+    shape: LayerShape<'_>,
     rows: &mut [Row<'_>],
     query: Rows<'_>,
     key: Rows<'_>,
@@ -260,9 +277,11 @@ pub fn attend_rows(
     let mut done = vec![0; rows.len()];
     loop {
         let mut work: Vec<Work> = Vec::with_capacity(rows.len());
-        for (index, row) in rows.iter_mut().enumerate() {
+        let mut index = 0;
+        while let Some(row) = rows.get_mut(index) {
             let first = done[index];
             if first >= row.count {
+                index += 1;
                 continue;
             }
             let call_start = starts[index];
@@ -324,6 +343,10 @@ pub fn attend_rows(
                 })
                 .collect();
             work.push((index, first, at, plan, turned));
+            // Its next block too, if that does not wait for this one.
+            if shape.sliding_window.is_some() || !row.policy.spec().independent_blocks {
+                index += 1;
+            }
         }
         if work.is_empty() {
             return Ok(());
@@ -375,6 +398,7 @@ pub fn attend_rows(
                             },
                             mask: part.mask,
                             column_sums: part.column_sums,
+                            alibi: shape.alibi(part.angle, part.form),
                         })
                         .collect()
                 })

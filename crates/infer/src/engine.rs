@@ -1,21 +1,25 @@
 //! The engine: runs a model over any number of sequences, each with its own store and policy.
 
 use crate::attend::{LayerShape, Row, attend_rows};
-use crate::context::{
-    Call, ContextConfig, ContextError, ContextPolicy, PolicyReport, PolicySpec, Positions,
-};
+use crate::context::{Call, ContextConfig, ContextError, Positions};
 use crate::kv::plane::TierFile;
-use crate::kv::{KvBytes, KvStore, Rows};
+use crate::kv::{KvStore, Rows};
 use candle_core::{Device, Tensor};
 use longspan_kernels::attention::{KvDtype, KvLayout};
 use longspan_kernels::cpu::Level;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
 use longspan_nn::attention::{Attend, CausalAttention};
 use longspan_nn::model::Decoder;
-use longspan_nn::position::{Frequencies, LayerRopes, RopeError, RopeOverride, RopeTable};
+use longspan_nn::position::{
+    Frequencies, LayerRopes, RopeBasis, RopeError, RopeOverride, RopeTable,
+};
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+
+mod sequence;
+
+pub use sequence::Sequence;
 
 /// What can go wrong while a sequence is read or written.
 #[derive(Debug, thiserror::Error)]
@@ -89,122 +93,8 @@ pub struct Engine {
     weights: String,
     /// Layers without a sliding window of their own.
     governed: Vec<usize>,
-}
-
-/// One stream of tokens with its keys, values and policy.
-pub struct Sequence {
-    pub(crate) tokens: Vec<u32>,
-    pub(crate) store: KvStore,
-    pub(crate) policy: Box<dyn ContextPolicy>,
-    pub(crate) options: EngineOptions,
-    /// The rotary frequencies that cached keys stand at, one per basis of the model.
-    pub(crate) frequencies: Vec<Frequencies>,
-    /// Candle keys and values, on devices other than the CPU.
-    dense: Vec<Option<(Tensor, Tensor)>>,
-    /// The state at the last commit, for policies that cannot rewind.
-    committed: Option<Box<Sequence>>,
-    /// A call failed half-way: layers may disagree.
-    broken: bool,
-    /// Rules whose angles depend on the length take it to be at least this.
-    pub(crate) expected_length: usize,
-    /// Tokens of the round that the next call opens.
-    round: Option<usize>,
-}
-
-impl Sequence {
-    /// Tokens read and written so far.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
-    }
-
-    /// Number of tokens so far.
-    pub fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
-    /// True before the first token.
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
-    }
-
-    /// The options it was made with.
-    pub fn options(&self) -> &EngineOptions {
-        &self.options
-    }
-
-    /// Bytes of keys and values held, by place.
-    pub fn kv_bytes(&self) -> KvBytes {
-        let dense: usize = self
-            .dense
-            .iter()
-            .flatten()
-            .map(|(k, v)| (k.elem_count() + v.elem_count()) * k.dtype().size_in_bytes())
-            .sum();
-        let mut bytes = self.store.bytes();
-        bytes.memory += dense as u64;
-        bytes
-    }
-
-    /// The policy's counters.
-    pub fn report(&self) -> PolicyReport {
-        self.policy.report()
-    }
-
-    /// The file that cold pages move to, if any.
-    pub fn tier(&self) -> Option<&Arc<TierFile>> {
-        self.store.tier()
-    }
-
-    /// What the policy needs.
-    pub fn spec(&self) -> PolicySpec {
-        self.policy.spec()
-    }
-
-    /// An independent copy that shares pages until either writes to them.
-    pub fn fork(&self) -> Sequence {
-        Sequence {
-            tokens: self.tokens.clone(),
-            store: self.store.clone(),
-            policy: self.policy.fork(),
-            options: self.options.clone(),
-            frequencies: self.frequencies.clone(),
-            dense: self.dense.clone(),
-            committed: None,
-            broken: self.broken,
-            expected_length: self.expected_length,
-            round: None,
-        }
-    }
-
-    /// Says how long the text will be (0: not known). Rotary rules whose angles depend on the length then take
-    /// them for this length from the first token on, so that no key need be turned again, and results do
-    /// not depend on how the text is cut into calls. [`Engine::prefill`] says the length of its prompt.
-    pub fn expect_length(&mut self, tokens: usize) {
-        self.expected_length = tokens;
-    }
-
-    /// Says that the next call opens a round of this many tokens: a prompt, a turn of a talk.
-    /// [`Engine::prefill`] does so itself.
-    pub fn begin_round(&mut self, tokens: usize) {
-        self.round = Some(tokens);
-    }
-
-    /// The policy, for tests and reports.
-    pub fn policy(&self) -> &dyn ContextPolicy {
-        &*self.policy
-    }
-
-    /// From now on the policy notes where queries look; see [`ContextPolicy::looked`].
-    pub fn watch(&mut self) {
-        self.policy.watch();
-    }
-
-    /// Marks the present length as one that [`Engine::truncate`] can return to.
-    pub fn commit(&mut self) {
-        // Full attention rewinds without it, unless the model has sliding layers, which drop pages.
-        self.committed = None;
-        self.committed = Some(Box::new(self.fork()));
-    }
+    /// ALiBi's slope of each query head, for models of that kind.
+    alibi: Option<Vec<f32>>,
 }
 
 /// Which logits a forward pass returns.
@@ -248,7 +138,7 @@ impl Engine {
         let model = model.into();
         let weights = fingerprint.to_string();
         let ropes = LayerRopes::with_override(model.config(), &rope)?;
-        if !model.device().is_cpu() && (ropes.depend_on_length() || ropes.keys_differ()) {
+        if !model.device().is_cpu() && (ropes.turn_cached_keys() || ropes.keys_differ()) {
             let message = format!(
                 "--rope {rope} runs on the CPU: on {:?} keys are cached as they were first rotated, and this rule turns them again or otherwise than queries",
                 model.device()
@@ -283,6 +173,7 @@ impl Engine {
             .filter(|(_, layer)| layer.sliding_window.is_none())
             .map(|(index, _)| index)
             .collect();
+        let alibi = model.config().alibi_slopes();
         Engine {
             model,
             ropes,
@@ -290,6 +181,7 @@ impl Engine {
             fingerprint,
             weights,
             governed,
+            alibi,
         }
     }
 
@@ -383,7 +275,19 @@ impl Engine {
             );
             return Err(EngineError::Refused(message));
         }
-        let keep_raw = spec.raw_keys || follows_length;
+        // Kernels weigh keys by their number in the store; these policies copy keys, or leave them where others were.
+        let scattered = matches!(
+            options.context,
+            ContextConfig::Hip(_) | ContextConfig::Squeezed(_)
+        ) || spec.rearranges && spec.positions == Positions::Absolute;
+        if self.alibi.is_some() && scattered {
+            let message = format!(
+                "--context {}: this model tells positions by ALiBi, and the policy does not keep keys in their order; use full, window, sinks, lm-infinite, infllm, span or sirllm",
+                options.context
+            );
+            return Err(EngineError::Refused(message));
+        }
+        let keep_raw = spec.raw_keys || self.ropes.turn_cached_keys();
         Ok(Sequence {
             tokens: Vec::new(),
             store: KvStore::new(
@@ -405,6 +309,7 @@ impl Engine {
             committed: None,
             broken: false,
             expected_length: 0,
+            prompt_end: 0,
             round: None,
         })
     }
@@ -423,16 +328,16 @@ impl Engine {
         let Some((_, body)) = tokens.split_last() else {
             return Err(EngineError::Refused("there are no tokens to read".into()));
         };
-        let body = if spec.exec_block.is_some() {
-            body
-        } else {
-            tokens
-        };
+        let alone = spec.exec_block.is_some_and(|most| {
+            !(spec.whole_question && !sequence.is_empty() && tokens.len() <= most)
+        });
+        let body = if alone { body } else { tokens };
         let mut read = 0;
         let mut logits = Vec::new();
         sequence.begin_round(tokens.len());
         let whole = sequence.len() + tokens.len();
         sequence.expected_length = sequence.expected_length.max(whole);
+        sequence.prompt_end = whole;
         while read < tokens.len() {
             let end = if read < body.len() {
                 (read + spec.chunk).min(body.len())
@@ -628,11 +533,15 @@ impl Engine {
         let length = self.rope_length(known, sequence.expected_length);
         let bases = self.ropes.bases().iter().enumerate();
         for (index, basis) in bases.filter(|(_, basis)| basis.depends_on_length()) {
-            let now = basis.frequencies(Some(length));
+            let now = match basis.keeps_keys() {
+                // As transformers: the length of each call, a prompt being one.
+                true => basis.frequencies(Some(known.max(sequence.prompt_end))),
+                false => basis.frequencies(Some(length)),
+            };
             if now == sequence.frequencies[index] {
                 continue;
             }
-            if !now.same_keys(&sequence.frequencies[index]) {
+            if !basis.keeps_keys() && !now.same_keys(&sequence.frequencies[index]) {
                 for layer in (0..config.num_layers)
                     .filter(|&layer| self.ropes.of_layer(layer) == Some(index))
                 {
@@ -651,7 +560,11 @@ impl Engine {
         let len = sequence.tokens.len();
         let length = (len > 0).then(|| self.rope_length(len, sequence.expected_length));
         let bases = self.ropes.bases().iter();
-        sequence.frequencies = bases.map(|basis| basis.frequencies(length)).collect();
+        let at = |basis: &RopeBasis| match basis.keeps_keys() {
+            true => basis.frequencies((len > 0).then_some(len)),
+            false => basis.frequencies(length),
+        };
+        sequence.frequencies = bases.map(at).collect();
     }
 
     /// Returns a sequence to an earlier length. Full attention can go anywhere; other policies to
@@ -684,16 +597,6 @@ impl Engine {
             self.forward(&mut [(sequence, &[token])], Want::Nothing)?;
         }
         Ok(())
-    }
-}
-
-impl Sequence {
-    /// No page was dropped: sliding layers of the model drop theirs under any policy.
-    fn store_is_whole(&self) -> bool {
-        self.store
-            .layers
-            .iter()
-            .all(|layer| layer.pages.iter().all(|page| page.value.is_some()))
     }
 }
 
@@ -753,6 +656,7 @@ impl Attend for PagedAttend<'_, '_, '_> {
             scale: config.attention_scale,
             softcap: config.attention_softcap,
             sliding_window: config.layers[layer].sliding_window,
+            alibi: self.engine.alibi.as_deref(),
         };
         let rope = self.engine.ropes.of_layer(layer);
         let mut rows: Vec<Row<'_>> = self

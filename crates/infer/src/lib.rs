@@ -5,6 +5,7 @@
 
 pub mod attend;
 pub mod context;
+mod continued;
 pub mod decode;
 pub mod engine;
 pub mod key_context;

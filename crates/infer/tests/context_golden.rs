@@ -7,7 +7,7 @@ mod golden;
 mod rig;
 
 use golden::Case;
-use longspan_infer::context::infllm::{Evict, Heads};
+use longspan_infer::context::infllm::{Evict, Heads, Question};
 use longspan_infer::context::{InfLlm, InfLlmConfig, LmInfinite, LmInfiniteConfig};
 use rig::{Rig, assert_close, token_major};
 
@@ -34,6 +34,7 @@ fn run_infllm(case: &Case, compat_overlap: bool) {
         evict: if lru_s { Evict::LruS } else { Evict::Lru },
         decay: if lru_s { case.meta_f64("decay") } else { 0.1 },
         heads: Heads::Shared,
+        question: Question::LastAlone,
         chunk: case.meta_usize("exc_block"),
         compat_overlap,
     };
@@ -260,6 +261,45 @@ fn lm_infinite(case: &Case, prefix: &str, config: &LmInfiniteConfig, first: usiz
                 2e-6,
                 &format!("{} {prefix} row {row}", case.path.display()),
             );
+        }
+    }
+}
+
+#[test]
+fn lm_infinite_under_alibi() {
+    let cases = golden::cases_of("lm-infinite", "alibi");
+    assert!(!cases.is_empty());
+    for case in &cases {
+        let &[batch, heads, tokens, dim] = case.shape("q") else {
+            panic!("q has four dimensions")
+        };
+        assert_eq!((batch, case.meta_usize("first_query_pos")), (1, 0));
+        let config = LmInfiniteConfig {
+            local: Some(case.meta_usize("local") as u64),
+            global: case.meta_usize("global") as u64,
+            ..LmInfiniteConfig::default()
+        };
+        let [query, key, value] =
+            ["q", "k", "v"].map(|name| token_major(&case.f32(name), heads, dim));
+        let slopes: Vec<f32> = case.f64("slopes").iter().map(|&x| x as f32).collect();
+        let golden = case.f64("out");
+        let want: Vec<f64> = (0..tokens)
+            .flat_map(|t| (0..heads * dim).map(move |i| ((i / dim) * tokens + t) * dim + i % dim))
+            .map(|i| golden[i])
+            .collect();
+        let width = heads * dim;
+        for pieces in [vec![tokens], vec![1; tokens], vec![7, 1, tokens - 8]] {
+            let mut policy = LmInfinite::new(&config, 1 << 20);
+            let mut rig = Rig::new(heads, heads, dim, None, &policy);
+            rig.alibi = Some(slopes.clone());
+            let (mut out, mut start) = (Vec::new(), 0);
+            for count in pieces {
+                let rows = start * width..(start + count) * width;
+                let [q, k, v] = [&query, &key, &value].map(|x| &x[rows.clone()]);
+                out.extend(rig.call(&mut policy, q, k, v, count));
+                start += count;
+            }
+            assert_close(&out, &want, 2e-6, &case.path.display().to_string());
         }
     }
 }

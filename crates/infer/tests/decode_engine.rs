@@ -1,20 +1,16 @@
 //! The engine behind the seam of decoding: trees verified in one pass are what plain runs of their paths give,
 //! forks and returns are fresh runs, and strategies over it emit what they must. Tiny models, f32 caches.
 
-#[path = "../../../tests/golden.rs"]
-mod golden;
+mod common;
 
-use candle_core::{DType, Device};
+use common::{assert_close, engine, engine_as, ids, options};
 use longspan_infer::decode::logits::SamplingConfig;
 use longspan_infer::decode::{
     DecodeConfig, DecodeSession, DraftTree, EngineSession, Event, Outcome, Request, SeqId, run,
 };
 use longspan_infer::engine::Want;
-use longspan_infer::{Engine, EngineOptions, Sequence};
-use longspan_kernels::attention::KvDtype;
-use longspan_nn::config::ModelConfig;
-use longspan_nn::model::{Decoder, Precision};
-use longspan_nn::weights::safetensors::HfWeights;
+use longspan_infer::{Engine, Sequence};
+use longspan_nn::model::Precision;
 use std::ops::ControlFlow;
 
 const POLICIES: [&str; 5] = [
@@ -27,37 +23,6 @@ const POLICIES: [&str; 5] = [
 
 /// Tiny models with attention over all of the text in every layer.
 const WHOLE: [&str; 3] = ["llama-tied", "qwen2", "qwen3"];
-
-fn engine(name: &str) -> Engine {
-    engine_as(name, Precision::Dense(DType::F32))
-}
-
-fn engine_as(name: &str, precision: Precision) -> Engine {
-    let folder = golden::root().join("tiny-models").join(name);
-    let mut config = ModelConfig::from_hf_file(&folder.join("config.json")).unwrap();
-    config.context_length = 256;
-    let weights = HfWeights::open(&folder, &config).unwrap();
-    let model = Decoder::load(&config, &weights, precision, &Device::Cpu).unwrap();
-    Engine::new(model, format!("tiny {name}")).unwrap()
-}
-
-fn options(context: &str) -> EngineOptions {
-    EngineOptions {
-        kv: KvDtype::F32,
-        context: context.parse().unwrap(),
-    }
-}
-
-fn ids(count: usize, seed: u32, vocab: usize) -> Vec<u32> {
-    (0..count as u32)
-        .map(|i| {
-            (i.wrapping_mul(2_654_435_761)
-                .wrapping_add(seed.wrapping_mul(0x9e37_79b9))
-                >> 7)
-                % vocab as u32
-        })
-        .collect()
-}
 
 /// Logits after each token, read one at a time as decoding reads them.
 fn read(engine: &Engine, sequence: &mut Sequence, tokens: &[u32]) -> Vec<Vec<f32>> {
@@ -75,16 +40,6 @@ fn fresh(engine: &Engine, context: &str, tokens: &[u32]) -> (Sequence, Vec<f32>)
     let mut sequence = engine.sequence(&options(context), None).unwrap();
     let logits = read(engine, &mut sequence, tokens).pop().unwrap();
     (sequence, logits)
-}
-
-fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(a.len(), b.len(), "{what}");
-    let worst = a
-        .iter()
-        .zip(b)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f32::max);
-    assert!(worst <= tolerance, "{what}: differs by {worst}");
 }
 
 /// In the packed form, what a draft's token gets is what it would get alone, whatever stands beside it.

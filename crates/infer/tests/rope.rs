@@ -1,15 +1,15 @@
 //! Rotary rules set by hand, through the engine: against a naive attention that keeps keys un-rotated, as
 //! texts grow past the window, under policies, and in saved sessions.
 
-#[path = "../../../tests/golden.rs"]
-mod golden;
+mod common;
 
 use candle_core::{DType, Device, Tensor};
+use common::{assert_close, golden, ids, options, read};
 use longspan_infer::engine::Want;
 use longspan_infer::session::{Mode, SessionDir};
 use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
 use longspan_kernels::attention::KvDtype;
-use longspan_nn::attention::Attend;
+use longspan_nn::attention::{Attend, CausalAttention};
 use longspan_nn::config::ModelConfig;
 use longspan_nn::model::{Decoder, Precision};
 use longspan_nn::position::{LayerRopes, RopeLayout, RopeOverride, RopeTable, XPos, rotate};
@@ -56,41 +56,8 @@ fn engine(name: &str, rope: &str) -> Engine {
     Engine::with_rope(decoder(name, None), name, rope.parse().unwrap()).unwrap()
 }
 
-fn options(context: &str) -> EngineOptions {
-    EngineOptions {
-        kv: KvDtype::F32,
-        context: context.parse().unwrap(),
-    }
-}
-
-fn ids(count: usize, seed: u32, vocab: usize) -> Vec<u32> {
-    let mixed = |i: u32| {
-        i.wrapping_mul(2_654_435_761)
-            .wrapping_add(seed.wrapping_mul(0x9e37_79b9))
-            >> 7
-    };
-    (0..count as u32).map(|i| mixed(i) % vocab as u32).collect()
-}
-
-fn read(engine: &Engine, sequence: &mut Sequence, tokens: &[u32], piece: usize) -> Vec<f32> {
-    tokens
-        .chunks(piece)
-        .flat_map(|piece| {
-            let rows = &mut [(&mut *sequence, piece)];
-            engine.forward(rows, Want::All).unwrap()
-        })
-        .collect()
-}
-
 fn fresh(engine: &Engine, context: &str) -> Sequence {
     engine.sequence(&options(context), None).unwrap()
-}
-
-fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(a.len(), b.len(), "{what}");
-    let off = |(a, b): (&f32, &f32)| (a - b).abs();
-    let worst = a.iter().zip(b).map(off).fold(0.0, f32::max);
-    assert!(worst <= tolerance, "{what}: differs by {worst}");
 }
 
 /// Attention by its definition: un-rotated keys, turned anew for every call.
@@ -494,4 +461,87 @@ fn windows_grow_with_the_stretch() {
             .fingerprint()
             .contains("--rope linear:4")
     );
+}
+
+/// transformers computes the dynamic base anew at every forward pass, from the length by then, and leaves cached
+/// keys as they are; so does the attention by candle ops, and with `keys=kept` the engine.
+#[test]
+fn kept_keys_stay_at_the_angles_they_were_read_at() {
+    let model = std::sync::Arc::new(decoder("llama-tied", None));
+    let (config, vocab) = (model.config(), model.config().vocab_size);
+    let tokens = ids(60, 8, vocab);
+    // A prompt past the window of 16, single tokens, pieces; and growth from within the window.
+    for calls in [&[40, 1, 1, 1, 7, 1, 1, 8][..], &[9, 1, 5, 1, 1, 43]] {
+        let run = |rule: &str| {
+            let rope: RopeOverride = rule.parse().unwrap();
+            let engine = Engine::with_rope(model.clone(), "tiny", rope).unwrap();
+            let mut sequence = fresh(&engine, "full");
+            let (mut logits, mut start) = (Vec::new(), 0);
+            for &count in calls {
+                let rows = &mut [(&mut sequence, &tokens[start..start + count])];
+                logits.extend(engine.forward(rows, Want::All).unwrap());
+                start += count;
+            }
+            logits
+        };
+        let kept: RopeOverride = "dynamic:2,keys=kept".parse().unwrap();
+        let ropes = LayerRopes::with_override(config, &kept).unwrap();
+        let (mut want, mut start, mut cache) = (Vec::new(), 0, Vec::new());
+        for &count in calls {
+            let device = Device::Cpu;
+            let mut attend = CausalAttention::cached_with(
+                config,
+                ropes.clone(),
+                count,
+                &mut cache,
+                DType::F32,
+                &device,
+            )
+            .unwrap();
+            let hidden = model.hidden(&tokens[start..start + count], &mut attend);
+            let logits: Tensor = model.logits(&hidden.unwrap()).unwrap();
+            want.extend(logits.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            start += count;
+        }
+        let found = run("dynamic:2,keys=kept");
+        assert_close(&found, &want, 5e-5, "keys kept");
+        let turned = run("dynamic:2");
+        let gap = turned.iter().zip(&found).map(|(a, b)| (a - b).abs());
+        assert!(gap.fold(0.0, f32::max) > 1e-3, "turned keys give the same");
+    }
+}
+
+/// transformers computes the dynamic base anew at every forward pass, from the length by then, and leaves cached
+/// keys as they are; `keys=kept` does the same, and the default differs from it once a text grows past the window.
+#[test]
+fn kept_keys_are_what_transformers_does_with_its_cache() {
+    let cases = golden::cases_of("giraffe", "dynamic_cache");
+    assert!(!cases.is_empty());
+    for case in &cases {
+        let window = case.meta_usize("window");
+        let model = decoder_of(case.meta_str("model"), None, window);
+        let tokens: Vec<u32> = case.i64("input_ids").iter().map(|&id| id as u32).collect();
+        let rule = format!("dynamic:{}", case.meta_f64("factor"));
+        let model = std::sync::Arc::new(model);
+        let run = |rule: &str| {
+            let rope: RopeOverride = rule.parse().unwrap();
+            let engine = Engine::with_rope(model.clone(), "tiny", rope).unwrap();
+            let mut sequence = fresh(&engine, "full");
+            let (mut logits, mut start) = (Vec::new(), 0);
+            for &count in &case.i64("calls") {
+                let piece = &tokens[start..start + count as usize];
+                let rows = &mut [(&mut sequence, piece)];
+                logits.extend(engine.forward(rows, Want::All).unwrap());
+                start += piece.len();
+            }
+            logits
+        };
+        let kept = run(&format!("{rule},keys=kept"));
+        case.assert_within("logits", &kept, |_, golden| 2e-5 + 1e-5 * golden.abs());
+        let gap = run(&rule)
+            .into_iter()
+            .zip(&kept)
+            .map(|(a, b)| (a - b).abs());
+        assert!(gap.fold(0.0, f32::max) > 1e-3, "turned keys give the same");
+    }
 }

@@ -1,10 +1,10 @@
 //! The scheduler: many requests at once give what each gives alone, a long prompt does not hold up those that write,
 //! and whatever happens, pages return to zero. Tiny models, f32 caches.
 
-#[path = "../../../tests/golden.rs"]
-mod golden;
+mod common;
 
-use candle_core::{DType, Device};
+use common::{ids, options};
+use longspan_infer::Engine;
 use longspan_infer::decode::logits::SamplingConfig;
 use longspan_infer::decode::{DecodeConfig, EngineSession, Request, run};
 use longspan_infer::kv::plane::live_planes;
@@ -12,11 +12,8 @@ use longspan_infer::schedule::{
     Base, Event, Goal, Job, ScheduleError, ScheduleOptions, Scheduler, Summary, Ticket,
 };
 use longspan_infer::session::SessionDir;
-use longspan_infer::{Engine, EngineOptions};
 use longspan_kernels::attention::KvDtype;
 use longspan_nn::config::ModelConfig;
-use longspan_nn::model::{Decoder, Precision};
-use longspan_nn::weights::safetensors::HfWeights;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
@@ -30,30 +27,8 @@ fn turn() -> MutexGuard<'static, ()> {
 }
 
 fn engine() -> Arc<Engine> {
-    let folder = golden::root().join("tiny-models").join("llama-tied");
-    let mut config = ModelConfig::from_hf_file(&folder.join("config.json")).unwrap();
-    config.context_length = 4096;
-    let weights = HfWeights::open(&folder, &config).unwrap();
-    let precision = Precision::Dense(DType::F32);
-    let model = Decoder::load(&config, &weights, precision, &Device::Cpu).unwrap();
-    Arc::new(Engine::new(model, "tiny".into()).unwrap())
-}
-
-fn options(context: &str) -> EngineOptions {
-    EngineOptions {
-        kv: KvDtype::F32,
-        context: context.parse().unwrap(),
-    }
-}
-
-fn ids(count: usize, seed: u32, vocab: usize) -> Vec<u32> {
-    let mix = |i: u32| {
-        i.wrapping_mul(2_654_435_761)
-            .wrapping_add(seed.wrapping_mul(0x9e37_79b9))
-    };
-    (0..count as u32)
-        .map(|i| (mix(i) >> 7) % vocab as u32)
-        .collect()
+    let longer = |config: &mut ModelConfig| config.context_length = 4096;
+    Arc::new(common::engine_with("llama-tied", longer))
 }
 
 fn vocab(engine: &Engine) -> usize {

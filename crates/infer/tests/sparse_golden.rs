@@ -216,14 +216,14 @@ fn squeezed_thresholds_are_those_of_the_calibration() {
         {
             let quantile = quantile.as_f64().unwrap();
             let flat = squeezed(&case, quantile, None).policy.thresholds().unwrap();
-            let (fine, coarse) = squeezed(&case, quantile, Some(quantile))
+            let both = squeezed(&case, quantile, Some(quantile))
                 .policy
                 .thresholds()
                 .unwrap();
             for (found, name) in [
-                (flat.0, "thresholds.flat"),
-                (fine, "thresholds.l2"),
-                (coarse.unwrap(), "thresholds.l1"),
+                (flat.fine, "thresholds.flat"),
+                (both.fine, "thresholds.l2"),
+                (both.coarse.unwrap(), "thresholds.l1"),
             ] {
                 let want = case.f64(name)[index];
                 assert!(
@@ -298,10 +298,10 @@ fn squeezed_keeps_and_attends() {
                             .chunks_exact(width)
                             .flat_map(|row| row[head * dim..(head + 1) * dim].to_vec())
                             .collect();
-                        let (threshold, coarse) = policy.thresholds().unwrap();
+                        let thresholds = policy.thresholds().unwrap();
                         let clusters = policy.clusters(layer, head).unwrap();
                         let scale = 1.0 / (dim as f32).sqrt();
-                        let (kept, _) = clusters.kept(&queries, scale, threshold, coarse);
+                        let (kept, _) = clusters.kept(&queries, 1, scale, thresholds);
                         let mut mask = vec![0i64; prefix];
                         mask[n..].fill(1);
                         kept.into_iter()

@@ -201,6 +201,7 @@ impl Cache {
             tiles: Tiles::Shared(&tiles),
             mask: Mask::Causal,
             column_sums: false,
+            alibi: None,
         }];
         let args = Attention {
             layout: self.layout,

@@ -7,11 +7,13 @@
 pub mod attention;
 pub mod autograd;
 pub mod block_scores;
+pub mod centroids;
 pub mod cpu;
 pub mod elementwise;
 pub mod fftconv;
 pub mod matmul;
 pub mod ops;
+mod panel;
 pub mod pool;
 pub mod quant;
 pub mod recurrent;

@@ -359,7 +359,7 @@ fn cost(subject: &Subject<'_>, plan: &Plan, advance: &mut dyn FnMut(usize)) -> R
 }
 
 /// Log probabilities in place of logits.
-fn log_softmax(rows: &mut [f32], vocab: usize) {
+pub fn log_softmax(rows: &mut [f32], vocab: usize) {
     for row in rows.chunks_exact_mut(vocab) {
         let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = row.iter().map(|&x| f64::from(x - top).exp()).sum();
@@ -390,7 +390,7 @@ fn reference(path: &Path, len: usize) -> Result<Option<Vec<f32>>> {
 
 /// Mean over rows of log probabilities of sum p (ln p - ln q), and the share of rows with the same likeliest
 /// token.
-fn divergence(p: &[f32], q: &[f32], vocab: usize) -> (f64, f64) {
+pub fn divergence(p: &[f32], q: &[f32], vocab: usize) -> (f64, f64) {
     let best = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
     let (mut kl, mut same, mut rows) = (0.0, 0, 0);
     for (p, q) in p.chunks_exact(vocab).zip(q.chunks_exact(vocab)) {

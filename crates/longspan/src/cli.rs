@@ -185,7 +185,7 @@ pub struct Common {
     #[arg(long, global = true, value_name = "POLICY")]
     pub context: Option<String>,
     /// Another rotary rule than the model's own, to read past its window: linear:FACTOR, power:EXPONENT,
-    /// truncated:TOKENS, ntk:FACTOR, dynamic:FACTOR, yarn:FACTOR[:ORIGINAL], longrope:FILE,
+    /// truncated:TOKENS, ntk:FACTOR, dynamic:FACTOR[,keys=kept], yarn:FACTOR[:ORIGINAL], longrope:FILE,
     /// llama3:FACTOR[:ORIGINAL], abf:BASE, xpos[:SCALE_BASE], clex:FOLDER, clex-init[:MAX_FACTOR];
     /// linear, power and truncated combine with `+`, and abf and xpos with anything
     #[arg(long, global = true, value_name = "RULE")]
@@ -374,6 +374,26 @@ pub enum Bench {
 A table, the powers of length that costs grow with, and in --out: context.html, context.json and cells.jsonl.
 A run that was stopped goes on with the same command.")]
     Context(crate::bench_context::ContextBench),
+    /// One layer's attention alone, on made-up keys at any depth: methods beside full attention
+    #[command(
+        after_help = "Example: longspan bench attention --lengths 8k,32k,128k --method hip --method squeezed:0.9"
+    )]
+    Attention(crate::bench_attention::AttentionBench),
+    /// One call and some decoded tokens at a depth, methods beside full attention; the text before is read once
+    #[command(
+        after_help = "Example: longspan bench depth --text book.txt --depths 2k,8k,32k,128k --method hip"
+    )]
+    Depth(crate::bench_depth::DepthBench),
+    /// Many questions of one prepared document beside a reading for each: time, and the same first lines
+    #[command(
+        after_help = "Example: longspan bench questions --text book.txt --length 8k --method squeezed:0.875 --json"
+    )]
+    Questions(crate::bench_questions::QuestionsBench),
+    /// Long talks with known answers on a cache of fixed size: what is still remembered (SirLLM's three tasks)
+    #[command(
+        after_help = "Example: longspan bench dialogue --tasks grocery --turns 200 --cache 256 --json"
+    )]
+    Dialogue(crate::bench_dialogue::DialogueBench),
     /// A decoding strategy beside plain decoding: same text, passes over the model, speed
     #[command(
         after_help = "Example: longspan bench decode prompts.jsonl --decode lookahead:decoding_length=16"

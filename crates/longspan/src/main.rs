@@ -2,10 +2,14 @@
 //! crates.
 
 mod bench;
+mod bench_attention;
 mod bench_context;
 mod bench_context_cell;
 mod bench_context_page;
 mod bench_decode;
+mod bench_depth;
+mod bench_dialogue;
+mod bench_questions;
 mod chat_model;
 mod cli;
 mod eval;

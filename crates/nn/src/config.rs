@@ -81,6 +81,9 @@ pub struct ModelConfig {
     pub attention_softcap: Option<f32>,
     /// Logits become `cap * tanh(logit / cap)`.
     pub final_softcap: Option<f32>,
+    /// ALiBi in every layer, with slopes down to `2^-bias`; see [`crate::position::alibi::slopes_to`].
+    #[serde(default)]
+    pub alibi_max_bias: Option<f64>,
     /// One for each layer.
     pub layers: Vec<LayerConfig>,
     /// The distinct position encodings, in the order layers first use them.
@@ -189,6 +192,12 @@ impl ModelConfig {
     /// Rows of the key and of the value projection.
     pub fn kv_size(&self) -> usize {
         self.num_kv_heads * self.head_dim
+    }
+
+    /// ALiBi's slope of each query head, for models of that kind.
+    pub fn alibi_slopes(&self) -> Option<Vec<f32>> {
+        let slopes = crate::position::alibi::slopes_to(self.alibi_max_bias?, self.num_heads);
+        Some(slopes.into_iter().map(|slope| slope as f32).collect())
     }
 
     /// How many elements at the start of a head are rotated; even, at most `head_dim`.
@@ -326,6 +335,12 @@ impl ModelConfig {
             {
                 return Err(invalid(field, cap.to_string(), "a positive number".into()));
             }
+        }
+        if let Some(bias) = self.alibi_max_bias
+            && !(bias > 0.0 && bias.is_finite())
+        {
+            let expected = "a positive number".into();
+            return Err(invalid("alibi_max_bias", bias.to_string(), expected));
         }
         for rope in &self.rope {
             self.validate_rope(rope, &invalid)?;

@@ -75,6 +75,10 @@ fn overrides() {
         ("ntk:2", RopeScaling::Ntk { factor: 2.0 }),
         ("dynamic:4", RopeScaling::Dynamic { factor: 4.0 }),
         (
+            "dynamic:4,keys=turned",
+            RopeScaling::Dynamic { factor: 4.0 },
+        ),
+        (
             "yarn:4",
             RopeScaling::Yarn(YarnParameters::new(4.0, WINDOW)),
         ),
@@ -229,7 +233,7 @@ fn layers(layers: &[(Option<usize>, Option<usize>)], bases: usize) -> ModelConfi
         "rms_norm_eps": 1e-5, "context_length": WINDOW, "tie_word_embeddings": true,
         "qkv_bias": false, "output_bias": false, "mlp_bias": false, "qk_norm": false,
         "sandwich_norms": false, "embedding_scale": null, "activation": "silu",
-        "attention_scale": 0.25, "attention_softcap": null, "final_softcap": null,
+        "attention_scale": 0.25, "attention_softcap": null, "final_softcap": null, "alibi_max_bias": null,
         "layers": layers, "rope": vec![rope; bases], "name": null,
     }))
     .unwrap()
@@ -259,7 +263,17 @@ fn overrides_leave_local_and_position_free_layers_alone() {
     assert_eq!(changed.stretched_window(), Some(4 * WINDOW));
     assert!(!changed.depend_on_length() && !changed.keys_differ());
     let dynamic = LayerRopes::with_override(&config, &"dynamic:2".parse().unwrap()).unwrap();
-    assert!(dynamic.depend_on_length());
+    assert!(dynamic.depend_on_length() && dynamic.turn_cached_keys());
+    // Keys that stay where they were: the rule is printed, stored and read with that.
+    let kept: RopeOverride = "dynamic:2,keys=kept".parse().unwrap();
+    assert_eq!(kept.to_string(), "dynamic:2,keys=kept");
+    let ropes = LayerRopes::with_override(&config, &kept).unwrap();
+    assert!(ropes.depend_on_length() && !ropes.turn_cached_keys());
+    let stored = serde_json::to_string(&ropes.bases()[1]).unwrap();
+    let read: RopeBasis = serde_json::from_str(&stored).unwrap();
+    assert!(read.keeps_keys() && read == ropes.bases()[1]);
+    let error = "dynamic:2,keys=lost".parse::<RopeOverride>().unwrap_err();
+    assert!(error.to_string().contains("turned or kept"), "{error}");
     let xpos = LayerRopes::with_override(&config, &"xpos".parse().unwrap()).unwrap();
     assert!(xpos.keys_differ());
 

@@ -8,8 +8,8 @@ use super::{ContextPolicy, Keys, LayerAt, Part, Plan, PolicyReport, PolicySpec, 
 use super::{full, read_lists, write_lists};
 use crate::kv::{Gathered, KeyForm, KvStore};
 use crate::wire::{read_u64, write_u64};
-use longspan_kernels::attention::Mask;
-use longspan_kernels::block_scores::{Piece, best_scores};
+use longspan_kernels::attention::{KvLayout, Mask};
+use longspan_kernels::block_scores::{Piece, Prober};
 use longspan_kernels::pool::{Pool, SharedMut};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
@@ -75,11 +75,11 @@ impl Default for HipConfig {
     fn default() -> Self {
         HipConfig {
             k: 512,
-            block_q: 64,
-            block_k: 2,
+            block_q: 128,
+            block_k: 16,
             decode_block_k: 16,
-            share: Share::Decode,
-            stride_q: 2,
+            share: Share::Always,
+            stride_q: 8,
             window: 256,
             sinks: 16,
             representative: Representative::Center,
@@ -183,9 +183,28 @@ struct Cached {
     /// Tokens below had left the window when the search was made.
     cut: u64,
     /// Per query head, or per kv head where its heads share a search: selected tokens and sinks.
-    tokens: Vec<Vec<Range<u64>>>,
+    tokens: Lists,
     /// Copies of those below `cut`; made anew after loading.
     copies: Option<Arc<Gathered>>,
+}
+
+/// Ascending ranges of tokens, for each query head or each kv head.
+type Lists = Vec<Vec<Range<u64>>>;
+
+/// What a block of queries of a call sees beside its window.
+#[derive(Clone)]
+struct Chosen {
+    block: LayerAt,
+    /// None: everything.
+    keys: Option<ChosenKeys>,
+}
+
+#[derive(Clone)]
+struct ChosenKeys {
+    /// Copies of the tokens that have left the windows of all the block's queries.
+    copies: Arc<Gathered>,
+    /// The others, by head.
+    near: Lists,
 }
 
 /// See the module's text.
@@ -193,6 +212,8 @@ struct Cached {
 pub struct Hip {
     config: HipConfig,
     layers: Vec<Cached>,
+    /// Of the present call and layer, the blocks that were not attended yet.
+    chosen: Vec<Chosen>,
     /// What the last search of each layer selected: block starts per query head.
     selected: Vec<Vec<Vec<u64>>>,
     scored: u64,
@@ -205,10 +226,16 @@ impl Hip {
         Hip {
             config: config.clone(),
             layers: Vec::new(),
+            chosen: Vec::new(),
             selected: Vec::new(),
             scored: 0,
             searches: 0,
         }
+    }
+
+    /// True if these queries see everything.
+    fn dense(&self, at: LayerAt) -> bool {
+        at.layer < self.config.dense_layers || (!self.config.prefill && at.queries > 1)
     }
 
     /// First tokens of the key blocks that a layer's last search selected, per query head, or per kv head where its
@@ -217,40 +244,184 @@ impl Hip {
         self.selected.get(layer).map_or(&[], Vec::as_slice)
     }
 
-    /// Searches for one block of queries: selected tokens per query or kv head; None when that is all.
+    /// Searches for blocks of queries, of which the first query is `queries`' first one: selected tokens per query or
+    /// kv head for each block; None when that is all.
     fn select(
         &mut self,
-        at: LayerAt,
+        blocks: &[LayerAt],
         queries: &Queries<'_>,
         store: &KvStore,
-    ) -> io::Result<Option<Vec<Vec<Range<u64>>>>> {
-        let config = &self.config;
-        let visible = at.end();
-        let reach = visible.saturating_sub(config.window);
-        let (heads, dim) = (queries.num_heads, queries.head_dim);
-        let layout = store.layout();
-        let decodes = at.queries == 1;
-        let shares = match config.share {
-            Share::None => false,
-            Share::Decode => decodes,
-            Share::Always => true,
+    ) -> io::Result<Vec<Option<Lists>>> {
+        let (Some(first), Some(last)) = (blocks.first(), blocks.last()) else {
+            return Ok(Vec::new());
         };
-        let units = if shares { layout.num_kv_heads } else { heads };
+        let (layer, start, layout) = (first.layer, first.start, store.layout());
+        let planes = store.key_planes(layer, last.end(), KeyForm::Rotated)?;
+        let config = &self.config;
+        let samples: Vec<Sample> = (blocks.iter().map(|&at| Sample::new(at, config, &layout)))
+            .map(|shape| shape.of_heads(queries.num_heads))
+            .collect();
+        // The sampled queries of each block, rotated: [heads][rows][head_dim].
+        let mut rotated: Vec<Vec<f32>> = vec![Vec::new(); blocks.len()];
+        let slots = SharedMut::new(&mut rotated);
+        Pool::global().for_each(blocks.len(), |block| {
+            let (at, sample) = (blocks[block], &samples[block]);
+            let skipped = (at.start - start) as usize;
+            if sample.searches {
+                // SAFETY: each block has a slot of its own.
+                unsafe { slots.slice(block, 1)[0] = sample.queries(at, skipped, queries, config) };
+            }
+        });
+        let tasks: Vec<(usize, usize)> = samples
+            .iter()
+            .enumerate()
+            .filter(|(_, sample)| sample.searches)
+            .flat_map(|(block, sample)| (0..sample.units).map(move |unit| (block, unit)))
+            .collect();
+        let mut found: Vec<(Vec<usize>, u64)> = vec![(Vec::new(), 0); tasks.len()];
+        let slots = SharedMut::new(&mut found);
+        let one = |task: usize| {
+            let (block, unit) = tasks[task];
+            let sample = &samples[block];
+            let rows = &rotated[block];
+            let share = rows.len() / sample.units;
+            let query = &rows[unit * share..(unit + 1) * share];
+            let section = layout.section(unit * layout.num_kv_heads / sample.units);
+            let result = sample.search(config.representative, query, store, &planes, section);
+            // SAFETY: each task has a slot of its own.
+            unsafe { slots.slice(task, 1)[0] = result };
+        };
+        Pool::global().for_each(tasks.len(), one);
+        self.searches += tasks.len() as u64;
+        self.scored += found.iter().map(|(_, scored)| scored).sum::<u64>();
+        let mut found = found.into_iter().map(|(blocks, _)| blocks);
+        let mut lists = Vec::with_capacity(blocks.len());
+        for sample in &samples {
+            let (width, visible) = (sample.width, sample.visible);
+            let starts: Vec<Vec<u64>> = (0..sample.units)
+                .map(|_| match sample.searches {
+                    true => found.next().unwrap_or_default(),
+                    false => (0..sample.blocks).collect(),
+                })
+                .map(|blocks| blocks.into_iter().map(|b| b as u64 * width).collect())
+                .collect();
+            let tokens = starts.iter().map(|starts| {
+                let sinks = std::iter::once(0..config.sinks.min(visible)).filter(|r| !r.is_empty());
+                let blocks = starts.iter().map(|&s| s..(s + width).min(visible));
+                union(sinks, blocks)
+            });
+            lists.push(sample.searches.then(|| tokens.collect()));
+            self.selected[layer] = starts;
+        }
+        Ok(lists)
+    }
+
+    /// Chooses the keys of blocks of several queries each, and copies together those that no window reaches.
+    fn choose(
+        &mut self,
+        blocks: &[LayerAt],
+        queries: &Queries<'_>,
+        store: &KvStore,
+    ) -> io::Result<Vec<Chosen>> {
+        let (lists, window) = (self.select(blocks, queries, store)?, self.config.window);
+        let mut copies: Vec<io::Result<Option<ChosenKeys>>> =
+            lists.iter().map(|_| Ok(None)).collect();
+        let slots = SharedMut::new(&mut copies);
+        Pool::global().for_each(blocks.len(), |index| {
+            let Some(tokens) = &lists[index] else { return };
+            let at = blocks[index];
+            let cut = (at.start + 1).saturating_sub(window);
+            let (far, near): (Vec<_>, Vec<_>) = tokens.iter().map(|list| split(list, cut)).unzip();
+            let copies = store.gather(at.layer, far, KeyForm::Rotated);
+            let copies = copies.map(Arc::new);
+            // SAFETY: each block has a slot of its own.
+            unsafe {
+                slots.slice(index, 1)[0] = copies.map(|copies| Some(ChosenKeys { copies, near }))
+            };
+        });
+        let pairs = blocks.iter().zip(copies);
+        let chosen = pairs.map(|(&block, keys)| keys.map(|keys| Chosen { block, keys }));
+        chosen.collect()
+    }
+
+    /// What a block sees: its window, copies, and those of its own keys that some of its windows have passed.
+    fn parts(&self, at: LayerAt, copies: Arc<Gathered>, near: Lists) -> Plan {
+        let mut parts = vec![
+            Window::part(at, self.config.window),
+            Part {
+                keys: Keys::Gathered(copies),
+                mask: Mask::All,
+                ..Part::causal(0..0)
+            },
+        ];
+        if near.iter().any(|ranges| !ranges.is_empty()) {
+            parts.push(Part {
+                keys: Keys::PerQueryHead(near),
+                mask: Mask::Beyond(self.config.window),
+                ..Part::causal(0..0)
+            });
+        }
+        Plan { parts }
+    }
+}
+
+/// The shape of one block's search.
+struct Sample {
+    /// Tokens that its last query may see.
+    visible: u64,
+    /// Tokens of a key block, key blocks before the window, and those that are kept.
+    width: u64,
+    blocks: usize,
+    beams: usize,
+    /// There are more key blocks than are kept.
+    searches: bool,
+    /// The query heads of a kv head search together.
+    shares: bool,
+    /// Query or kv heads.
+    units: usize,
+    kv_heads: usize,
+}
+
+impl Sample {
+    fn new(at: LayerAt, config: &HipConfig, layout: &KvLayout) -> Self {
+        let (visible, decodes) = (at.end(), at.queries == 1);
+        let reach = visible.saturating_sub(config.window);
         let width = if decodes {
             config.decode_block_k
         } else {
             config.block_k
         };
-        let blocks = reach.div_ceil(width) as usize;
-        if reach <= config.k {
-            self.selected[at.layer] = (0..units)
-                .map(|_| (0..blocks as u64).map(|b| b * width).collect())
-                .collect();
-            return Ok(None);
+        Sample {
+            visible,
+            width,
+            blocks: reach.div_ceil(width) as usize,
+            beams: config.k.div_ceil(width) as usize,
+            searches: reach > config.k,
+            shares: match config.share {
+                Share::None => false,
+                Share::Decode => decodes,
+                Share::Always => true,
+            },
+            units: 0,
+            kv_heads: layout.num_kv_heads,
         }
-        let beams = config.k.div_ceil(width) as usize;
+    }
 
-        // Sampled queries, rotated: [heads][rows][head_dim], so that heads of a kv head lie together.
+    fn of_heads(mut self, heads: usize) -> Self {
+        self.units = if self.shares { self.kv_heads } else { heads };
+        self
+    }
+
+    /// The queries that take part: [heads][rows][head_dim], so that heads of a kv head lie together. `skipped`: rows
+    /// of `queries` before the block.
+    fn queries(
+        &self,
+        at: LayerAt,
+        skipped: usize,
+        queries: &Queries<'_>,
+        config: &HipConfig,
+    ) -> Vec<f32> {
+        let (heads, dim) = (queries.num_heads, queries.head_dim);
         let rows: Vec<usize> = if at.queries < config.stride_q {
             (0..at.queries).collect()
         } else {
@@ -261,69 +432,60 @@ impl Hip {
         let mut sampled = vec![0f32; heads * rows.len() * dim];
         let mut all_heads = vec![0f32; heads * dim];
         for (index, &row) in rows.iter().enumerate() {
-            all_heads.copy_from_slice(&queries.data[row * queries.stride..][..heads * dim]);
+            let from = (skipped + row) * queries.stride;
+            all_heads.copy_from_slice(&queries.data[from..][..heads * dim]);
             (queries.rotate)(at.start + row as u64, &mut all_heads);
             for (head, query) in all_heads.chunks_exact(dim).enumerate() {
                 sampled[(head * rows.len() + index) * dim..][..dim].copy_from_slice(query);
             }
         }
+        sampled
+    }
 
-        let group = units / layout.num_kv_heads;
-        let of_unit = heads / units * rows.len() * dim;
-        let planes = store.key_planes(at.layer, visible, KeyForm::Rotated)?;
-        let mut found: Vec<(Vec<usize>, u64)> = vec![(Vec::new(), 0); units];
-        let slots = SharedMut::new(&mut found);
-        let one_unit = |unit: usize| {
-            let section = layout.section(unit / group);
-            let query = &sampled[unit * of_unit..(unit + 1) * of_unit];
-            let (mut scored, mut pieces, mut owners, mut partial) =
-                (0, Vec::new(), Vec::new(), Vec::new());
-            let blocks = search(blocks, beams, config.representative, |blocks, out| {
-                pieces.clear();
-                owners.clear();
-                for (index, &block) in blocks.iter().enumerate() {
-                    let mut token = block as u64 * width;
-                    let end = (token + width).min(visible);
-                    scored += end - token;
-                    while token < end {
-                        let (page, slot) = store.place(token);
-                        let count = (store.page_of(token).end.min(end) - token) as usize;
-                        pieces.push(Piece {
-                            keys: &planes[page][section.clone()],
-                            slot,
-                            count,
-                        });
-                        owners.push(index);
-                        token += count as u64;
-                    }
+    /// One unit's search: the key blocks found, and how many keys were compared.
+    fn search(
+        &self,
+        representative: Representative,
+        query: &[f32],
+        store: &KvStore,
+        planes: &[&[u8]],
+        section: Range<usize>,
+    ) -> (Vec<usize>, u64) {
+        let (layout, width, visible) = (store.layout(), self.width, self.visible);
+        let prober = Prober::new(&layout, query);
+        let (mut scored, mut pieces, mut owners, mut partial) =
+            (0, Vec::new(), Vec::new(), Vec::new());
+        let blocks = search(self.blocks, self.beams, representative, |blocks, out| {
+            pieces.clear();
+            owners.clear();
+            for (index, &block) in blocks.iter().enumerate() {
+                let mut token = block as u64 * width;
+                let end = (token + width).min(visible);
+                scored += end - token;
+                while token < end {
+                    let (page, slot) = store.place(token);
+                    let count = (store.page_of(token).end.min(end) - token) as usize;
+                    pieces.push(Piece {
+                        keys: &planes[page][section.clone()],
+                        slot,
+                        count,
+                    });
+                    owners.push(index);
+                    token += count as u64;
                 }
-                if pieces.len() == blocks.len() {
-                    return best_scores(&layout, &pieces, query, out);
-                }
-                // Blocks that lie on two pages.
-                partial.resize(pieces.len(), 0.0);
-                best_scores(&layout, &pieces, query, &mut partial);
-                out.fill(f32::NEG_INFINITY);
-                for (&owner, &score) in owners.iter().zip(&partial) {
-                    out[owner] = out[owner].max(score);
-                }
-            });
-            // SAFETY: each unit has a slot of its own.
-            unsafe { slots.slice(unit, 1)[0] = (blocks, scored) };
-        };
-        Pool::global().for_each(units, one_unit);
-        self.searches += units as u64;
-        self.scored += found.iter().map(|(_, scored)| scored).sum::<u64>();
-        self.selected[at.layer] = found
-            .iter()
-            .map(|(blocks, _)| blocks.iter().map(|&b| b as u64 * width).collect())
-            .collect();
-        let tokens = self.selected[at.layer].iter().map(|starts| {
-            let sinks = std::iter::once(0..config.sinks.min(visible)).filter(|r| !r.is_empty());
-            let blocks = starts.iter().map(|&s| s..(s + width).min(visible));
-            union(sinks, blocks)
+            }
+            if pieces.len() == blocks.len() {
+                return prober.best_scores(&pieces, out);
+            }
+            // Blocks that lie on two pages.
+            partial.resize(pieces.len(), 0.0);
+            prober.best_scores(&pieces, &mut partial);
+            out.fill(f32::NEG_INFINITY);
+            for (&owner, &score) in owners.iter().zip(&partial) {
+                out[owner] = out[owner].max(score);
+            }
         });
-        Ok(Some(tokens.collect()))
+        (blocks, scored)
     }
 }
 
@@ -356,17 +518,47 @@ impl ContextPolicy for Hip {
         PolicySpec {
             exec_block: Some(self.config.block_q),
             chunk: full::CHUNK / self.config.block_q * self.config.block_q,
+            independent_blocks: true,
             ..PolicySpec::default()
         }
     }
 
     fn block(&self, at: LayerAt) -> usize {
         // Layers without a search take a call as a whole.
-        if at.layer < self.config.dense_layers || (!self.config.prefill && at.queries > 1) {
+        if self.dense(at) {
             at.queries
         } else {
             self.config.block_q
         }
+    }
+
+    fn begin_layer(
+        &mut self,
+        at: LayerAt,
+        queries: &Queries<'_>,
+        store: &mut KvStore,
+    ) -> io::Result<()> {
+        if self.layers.len() < store.num_layers() {
+            self.layers.resize_with(store.num_layers(), Cached::default);
+            self.selected.resize(store.num_layers(), Vec::new());
+        }
+        self.chosen.clear();
+        if at.queries == 1 || self.dense(at) {
+            return Ok(());
+        }
+        // All blocks of the call at once: more work to share than one block's heads.
+        let size = self.config.block_q;
+        let blocks: Vec<LayerAt> = (0..at.queries)
+            .step_by(size)
+            .map(|first| LayerAt {
+                start: at.start + first as u64,
+                queries: size.min(at.queries - first),
+                ..at
+            })
+            .filter(|block| block.queries > 1)
+            .collect();
+        self.chosen = self.choose(&blocks, queries, store)?;
+        Ok(())
     }
 
     fn plan(
@@ -375,27 +567,42 @@ impl ContextPolicy for Hip {
         queries: &Queries<'_>,
         store: &mut KvStore,
     ) -> io::Result<Plan> {
-        if self.layers.len() < store.num_layers() {
-            self.layers.resize_with(store.num_layers(), Cached::default);
-            self.selected.resize(store.num_layers(), Vec::new());
-        }
         let dense = Plan {
             parts: vec![Part::causal(0..at.end())],
         };
-        if at.layer < self.config.dense_layers || (!self.config.prefill && at.queries > 1) {
+        if self.layers.len() <= at.layer {
+            return Err(io::Error::other(format!(
+                "HiP: layer {} is planned before it began",
+                at.layer
+            )));
+        }
+        if self.dense(at) {
             self.layers[at.layer] = Cached::default();
             return Ok(dense);
         }
-        let window = self.config.window;
+        if at.queries > 1 {
+            self.layers[at.layer] = Cached::default();
+            let same = |c: &Chosen| {
+                let block = c.block;
+                (block.layer, block.start, block.queries) == (at.layer, at.start, at.queries)
+            };
+            let chosen = match self.chosen.iter().position(same) {
+                Some(index) => Some(self.chosen.remove(index)),
+                None => self.choose(&[at], queries, store)?.pop(),
+            };
+            return Ok(match chosen.and_then(|chosen| chosen.keys) {
+                Some(keys) => self.parts(at, keys.copies, keys.near),
+                None => dense,
+            });
+        }
         let cached = &self.layers[at.layer];
         let fresh = cached.next == at.start && cached.age < self.config.refresh;
-        if at.queries > 1 || !fresh || cached.tokens.is_empty() {
+        if !fresh || cached.tokens.is_empty() {
             self.layers[at.layer] = Cached::default();
-            let Some(tokens) = self.select(at, queries, store)? else {
+            let Some(tokens) = self.select(&[at], queries, store)?.pop().flatten() else {
                 return Ok(dense);
             };
-            // Keys that have left the window of the block's first query have left all windows.
-            self.layers[at.layer].cut = (at.start + 1).saturating_sub(window);
+            self.layers[at.layer].cut = (at.start + 1).saturating_sub(self.config.window);
             self.layers[at.layer].tokens = tokens;
         }
         let cached = &mut self.layers[at.layer];
@@ -415,29 +622,10 @@ impl ContextPolicy for Hip {
             Some(copies) => copies,
             None => Arc::new(store.gather(at.layer, far, KeyForm::Rotated)?),
         };
-        let mut parts = vec![
-            Window::part(at, window),
-            Part {
-                keys: Keys::Gathered(copies.clone()),
-                mask: Mask::All,
-                ..Part::causal(0..0)
-            },
-        ];
-        if near.iter().any(|ranges| !ranges.is_empty()) {
-            parts.push(Part {
-                keys: Keys::PerQueryHead(near),
-                mask: Mask::Beyond(window),
-                ..Part::causal(0..0)
-            });
-        }
-        if at.queries == 1 {
-            cached.next = at.end();
-            cached.age += 1;
-            cached.copies = Some(copies);
-        } else {
-            *cached = Cached::default();
-        }
-        Ok(Plan { parts })
+        cached.next = at.end();
+        cached.age += 1;
+        cached.copies = Some(copies.clone());
+        Ok(self.parts(at, copies, near))
     }
 
     fn fork(&self) -> Box<dyn ContextPolicy> {

@@ -42,6 +42,17 @@ pub enum Heads {
     PerQueryHead,
 }
 
+/// How the last token of a question after a document picks its blocks; the first token of the answer follows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Question {
+    /// By itself, as in the published code.
+    #[default]
+    LastAlone,
+    /// With the whole question, if that fits `exec_block`.
+    Whole,
+}
+
 /// `infllm:n_local=2048,block=64,topk=16,...`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -66,6 +77,8 @@ pub struct InfLlmConfig {
     pub decay: f64,
     /// Who shares a pick.
     pub heads: Heads,
+    /// How a question's last token picks.
+    pub question: Question,
     /// Most tokens of one call, a multiple of `exec_block`; does not change results.
     pub chunk: usize,
     /// Reproduces the reference code's double counting of the newest remainder tokens in prefill.
@@ -85,6 +98,7 @@ impl Default for InfLlmConfig {
             evict: Evict::Lru,
             decay: 0.1,
             heads: Heads::Shared,
+            question: Question::LastAlone,
             chunk: 2048,
             compat_overlap: false,
         }
@@ -314,6 +328,7 @@ impl ContextPolicy for InfLlm {
         let n_init = self.config.n_init as usize;
         PolicySpec {
             exec_block: Some(self.config.exec_block),
+            whole_question: self.config.question == Question::Whole,
             chunk: self.config.chunk,
             raw_keys: true,
             // Blocks start at n_init: let pages start there too.

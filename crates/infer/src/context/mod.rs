@@ -124,6 +124,8 @@ pub struct PolicySpec {
     /// Most queries that share one plan, counted from a call's first; None = the whole call. A
     /// policy with a limit also gets the last token of a prompt as a call of its own.
     pub exec_block: Option<usize>,
+    /// The last token of a question that follows a document, and fits `exec_block`, is read with the question.
+    pub whole_question: bool,
     /// Most tokens of one call (a multiple of `exec_block`), bounding activations.
     pub chunk: usize,
     /// Un-rotated keys must be stored too.
@@ -138,6 +140,9 @@ pub struct PolicySpec {
     pub positions: Positions,
     /// [`ContextPolicy::end_call`] wants the logits of every token.
     pub logits: bool,
+    /// Plans of a call's blocks do not wait for the attention of earlier blocks, of which the policy observes
+    /// nothing: all run together.
+    pub independent_blocks: bool,
 }
 
 impl Default for PolicySpec {
@@ -145,6 +150,7 @@ impl Default for PolicySpec {
     fn default() -> Self {
         PolicySpec {
             exec_block: None,
+            whole_question: false,
             chunk: full::CHUNK,
             raw_keys: false,
             first_page: PAGE,
@@ -152,6 +158,7 @@ impl Default for PolicySpec {
             rearranges: false,
             positions: Positions::Absolute,
             logits: false,
+            independent_blocks: false,
         }
     }
 }

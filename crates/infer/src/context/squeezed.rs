@@ -4,15 +4,19 @@
 //! For asking many questions of one long document at a fraction of the keys read. Paper: arXiv
 //! 2411.09688.
 
+mod clusters;
 pub mod kmeans;
 mod state;
+
+pub use clusters::{Clusters, Thresholds, quantiles};
+
+use clusters::scores_of;
 
 use super::hip::Share;
 use super::{Call, ContextPolicy, Keys, LayerAt, Part, Plan, PolicyReport, PolicySpec, Queries};
 use crate::kv::{Gathered, KeyForm, KvStore};
-use longspan_kernels::attention::Mask;
-use longspan_kernels::block_scores::{Panels, cluster_scores};
-use longspan_kernels::elementwise::dot;
+use longspan_kernels::attention::{KvDtype, Mask};
+use longspan_kernels::centroids::Panels;
 use longspan_kernels::pool::{Pool, SharedMut};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
@@ -45,6 +49,9 @@ pub struct SqueezedConfig {
     pub iterations: usize,
     /// Seed of the first centres.
     pub seed: u64,
+    /// A prefix of more than twice this many keys is first split by direction into groups of about so many,
+    /// which are clustered apart, so that clustering does not grow with the square of the length; 0 = never.
+    pub leaf: usize,
 }
 
 impl Default for SqueezedConfig {
@@ -60,6 +67,7 @@ impl Default for SqueezedConfig {
             share: Share::Decode,
             iterations: 300,
             seed: 0,
+            leaf: 1024,
         }
     }
 }
@@ -92,200 +100,19 @@ impl SqueezedConfig {
     }
 }
 
-/// The clusters of one layer's and kv head's keys. Keys of a cluster lie side by side in the store,
-/// and so do the clusters of a coarse one.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Clusters {
-    /// [clusters, head_dim], means of the keys.
-    pub centroids: Vec<f32>,
-    /// First slot of each cluster, and the end of the last.
-    pub starts: Vec<u32>,
-    /// Coarse level: [coarse, head_dim], unweighted means of centroids; empty without one.
-    pub coarse: Vec<f32>,
-    /// First cluster of each coarse one, and the end of the last.
-    pub coarse_starts: Vec<u32>,
-    /// Made of the above.
-    panels: Panels,
-    coarse_panels: Panels,
-}
-
-impl Clusters {
-    fn count(&self, cluster: usize) -> f32 {
-        (self.starts[cluster + 1] - self.starts[cluster]) as f32
-    }
-
-    /// Keys of each cluster.
-    fn counts(&self) -> Vec<f32> {
-        (0..self.starts.len() - 1).map(|c| self.count(c)).collect()
-    }
-
-    /// Keys of each coarse cluster.
-    fn coarse_counts(&self) -> Vec<f32> {
-        let key = |cluster: u32| self.starts[cluster as usize];
-        let pairs = self.coarse_starts.windows(2);
-        pairs
-            .map(|pair| (key(pair[1]) - key(pair[0])) as f32)
-            .collect()
-    }
-
-    fn with_panels(mut self, dim: usize) -> Self {
-        self.panels = Panels::new(&self.centroids, dim);
-        self.coarse_panels = Panels::new(&self.coarse, dim);
-        self
-    }
-
-    /// Clusters labelled keys [n, dim]: orders them so that members lie together. Returns the order
-    /// of the keys too. `coarse`: label of each cluster, and the number of coarse ones.
-    pub fn new(
-        keys: &[f32],
-        dim: usize,
-        labels: &[u32],
-        k: usize,
-        coarse: Option<(&[u32], usize)>,
-    ) -> (Self, Vec<u64>) {
-        let (centroids, _) = kmeans::means(keys, dim, labels, k);
-        let mut by_place: Vec<usize> = (0..k).collect();
-        if let Some((coarse, _)) = coarse {
-            by_place.sort_by_key(|&cluster| coarse[cluster]);
-        }
-        let mut place = vec![0; k];
-        by_place
-            .iter()
-            .enumerate()
-            .for_each(|(at, &cluster)| place[cluster] = at);
-        let mut order: Vec<u64> = (0..labels.len() as u64).collect();
-        order.sort_by_key(|&key| place[labels[key as usize] as usize]);
-        let mut starts = vec![0u32; k + 1];
-        labels
-            .iter()
-            .for_each(|&label| starts[place[label as usize] + 1] += 1);
-        (0..k).for_each(|c| starts[c + 1] += starts[c]);
-        let row = |cluster: usize| {
-            centroids[cluster * dim..(cluster + 1) * dim]
-                .iter()
-                .copied()
-        };
-        let mut clusters = Clusters {
-            centroids: by_place.iter().flat_map(|&cluster| row(cluster)).collect(),
-            starts,
-            ..Clusters::default()
-        };
-        if let Some((labels, coarse)) = coarse {
-            (clusters.coarse, _) = kmeans::means(&centroids, dim, labels, coarse);
-            clusters.coarse_starts = vec![0; coarse + 1];
-            labels
-                .iter()
-                .for_each(|&label| clusters.coarse_starts[label as usize + 1] += 1);
-            (0..coarse).for_each(|c| clusters.coarse_starts[c + 1] += clusters.coarse_starts[c]);
-        }
-        (clusters.with_panels(dim), order)
-    }
-
-    /// Scores of all clusters for queries [n, dim] of one query head.
-    fn scores(&self, queries: &[f32], scale: f32) -> Vec<f32> {
-        scores_of(&self.panels, &self.counts(), queries, scale)
-    }
-
-    /// Scores of all coarse clusters.
-    fn coarse_scores(&self, queries: &[f32], scale: f32) -> Vec<f32> {
-        scores_of(&self.coarse_panels, &self.coarse_counts(), queries, scale)
-    }
-
-    /// The slots whose cluster scores above `threshold`, as ranges, and how many centroids were
-    /// looked at. With a coarse threshold only the clusters of coarse ones above it compete.
-    pub fn kept(
-        &self,
-        queries: &[f32],
-        scale: f32,
-        threshold: f32,
-        coarse: Option<f32>,
-    ) -> (Vec<Range<u64>>, u64) {
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        let mut add = |cluster: usize| {
-            let slots = u64::from(self.starts[cluster])..u64::from(self.starts[cluster + 1]);
-            match ranges.last_mut() {
-                Some(last) if last.end == slots.start => last.end = slots.end,
-                _ if slots.is_empty() => {}
-                _ => ranges.push(slots),
-            }
-        };
-        let Some(coarse) = coarse else {
-            let scores = self.scores(queries, scale);
-            (0..scores.len())
-                .filter(|&cluster| scores[cluster] > threshold)
-                .for_each(&mut add);
-            return (ranges, scores.len() as u64);
-        };
-        let above = self.coarse_scores(queries, scale);
-        let clusters: Vec<usize> = (0..above.len())
-            .filter(|&c| above[c] > coarse)
-            .flat_map(|c| self.coarse_starts[c] as usize..self.coarse_starts[c + 1] as usize)
-            .collect();
-        let looked = (above.len() + clusters.len()) as u64;
-        if clusters.is_empty() {
-            return (ranges, looked);
-        }
-        let dim = self.centroids.len() / (self.starts.len() - 1);
-        let mut logits: Vec<f32> = queries
-            .chunks_exact(dim)
-            .flat_map(|query| {
-                let row = |&c: &usize| dot(query, &self.centroids[c * dim..(c + 1) * dim]);
-                clusters.iter().map(row)
-            })
-            .collect();
-        let counts: Vec<f32> = clusters.iter().map(|&c| self.count(c)).collect();
-        let mut scores = vec![0f32; clusters.len()];
-        cluster_scores(&mut logits, clusters.len(), &counts, scale, &mut scores);
-        clusters
-            .iter()
-            .zip(&scores)
-            .filter(|(_, score)| **score > threshold)
-            .for_each(|(&cluster, _)| add(cluster));
-        (ranges, looked)
-    }
-}
-
-fn scores_of(panels: &Panels, counts: &[f32], queries: &[f32], scale: f32) -> Vec<f32> {
-    let mut logits = Vec::new();
-    let stride = panels.products(queries, &mut logits);
-    let mut scores = vec![0f32; counts.len()];
-    cluster_scores(&mut logits, stride, counts, scale, &mut scores);
-    scores
-}
-
-/// Quantiles (linearly interpolated between ranks) of scores that occur `count` times each.
-pub fn quantiles(mut scores: Vec<(f32, f32)>, quantiles: &[f64]) -> Vec<f32> {
-    scores.retain(|&(_, count)| count > 0.0);
-    scores.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let total: f64 = scores.iter().map(|&(_, count)| f64::from(count)).sum();
-    let at_rank = |rank: f64| {
-        let mut passed = 0f64;
-        for &(score, count) in &scores {
-            passed += f64::from(count);
-            if passed > rank {
-                return f64::from(score);
-            }
-        }
-        scores.last().map_or(0.0, |last| f64::from(last.0))
-    };
-    let value = |&quantile: &f64| {
-        let rank = quantile * (total - 1.0).max(0.0);
-        let (low, share) = (rank.floor(), rank.fract());
-        let (a, b) = (at_rank(low), at_rank(low + 1.0));
-        (a + (b - a) * share) as f32
-    };
-    quantiles.iter().map(value).collect()
-}
-
 /// What is known of a sealed prefix.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, PartialEq)]
 struct Index {
     /// Tokens of the prefix; those before and below `clustered` are clustered, but for the first `sinks`.
     prefix: u64,
     sinks: u64,
     clustered: u64,
-    threshold: f32,
-    coarse_threshold: Option<f32>,
+    /// For single query heads.
+    thresholds: Thresholds,
+    /// For the best score of the query heads of a kv head, where they see what any of them chose.
+    shared: Thresholds,
+    /// Queries are compared with centroids in f32, not in f16.
+    exact: bool,
     /// By layer and kv head; empty for layers that the policy does not govern.
     clusters: Vec<Vec<Clusters>>,
 }
@@ -323,6 +150,9 @@ pub struct Squeezed {
 /// One layer's and kv head's keys [n, head_dim], and their clusters' centres to start from.
 type Start<'a> = &'a (dyn Fn(usize, usize, &[f64], usize) -> Vec<f64> + Sync);
 
+/// Labels of one layer's and kv head's keys [n, head_dim] in about k clusters, and how many those are.
+type Label<'a> = &'a (dyn Fn(usize, usize, &[f64], usize) -> (Vec<u32>, usize) + Sync);
+
 impl Squeezed {
     /// The configuration must have passed [`SqueezedConfig::check`].
     pub fn new(config: &SqueezedConfig) -> Self {
@@ -344,25 +174,26 @@ impl Squeezed {
         self.index.as_ref()?.clusters.get(layer)?.get(kv_head)
     }
 
-    /// The thresholds of the two levels, once the prefix is sealed.
-    pub fn thresholds(&self) -> Option<(f32, Option<f32>)> {
-        let index = self.index.as_ref()?;
-        Some((index.threshold, index.coarse_threshold))
+    /// The thresholds for single query heads, once the prefix is sealed.
+    pub fn thresholds(&self) -> Option<Thresholds> {
+        Some(self.index.as_ref()?.thresholds)
     }
 
     /// Clusters the prefix, moves the members of clusters together in the store and sets the
-    /// thresholds. `first(layer, kv_head, points, k)` gives the centres to start from.
+    /// thresholds. `label(layer, kv_head, points, k)` clusters keys, then centroids.
     fn build(
         &mut self,
         layers: &[usize],
         store: &mut KvStore,
         sizes: (usize, Option<usize>),
-        first: Start<'_>,
+        label: Label<'_>,
     ) -> io::Result<()> {
         let (layout, prefix) = (store.layout(), store.len(layers[0]));
         let sinks = self.config.sinks;
         let (n, dim) = (prefix as usize - self.config.obs - sinks, layout.head_dim);
         let kv_heads = layout.num_kv_heads;
+        let exact = layout.dtype == KvDtype::F32;
+        let group = self.num_heads / kv_heads;
         let tasks: Vec<(usize, usize)> = layers
             .iter()
             .flat_map(|&layer| (0..kv_heads).map(move |head| (layer, head)))
@@ -374,18 +205,20 @@ impl Squeezed {
             let (layer, head) = tasks[task];
             let result = keys_of(store, layer, head, sinks..sinks + n).map(|keys| {
                 let points = kmeans::normalised(&keys, dim);
-                let (k, coarse) = sizes;
-                let iterations = self.config.iterations;
-                let start = first(layer, head, &points, k);
-                let labels = kmeans::lloyd(&points, dim, start, iterations);
-                let coarse = coarse.map(|coarse| {
+                let (labels, k) = label(layer, head, &points, sizes.0);
+                drop(points);
+                let coarse = sizes.1.map(|coarse| {
                     let (centroids, _) = kmeans::means(&keys, dim, &labels, k);
-                    let points = kmeans::normalised(&centroids, dim);
-                    let start = first(layer, head, &points, coarse);
-                    (kmeans::lloyd(&points, dim, start, iterations), coarse)
+                    label(layer, head, &kmeans::normalised(&centroids, dim), coarse)
                 });
                 let coarse = coarse.as_ref().map(|(labels, k)| (&labels[..], *k));
-                Clusters::new(&keys, dim, &labels, k, coarse)
+                // What the observed queries of the kv head's query heads give each cluster.
+                let (centroids, counts) = kmeans::means(&keys, dim, &labels, k);
+                let queries = &self.queries[layer];
+                let queries = of_heads(queries, self.num_heads, dim, head * group, group);
+                let panels = Panels::new(&centroids, dim);
+                let worth = scores_of(&panels, &counts, &queries, 1, self.scale);
+                Clusters::new(&keys, dim, &labels, k, coarse, &worth, exact)
             });
             // SAFETY: each task has a slot of its own.
             unsafe { slots.slice(task, 1)[0] = result };
@@ -406,36 +239,69 @@ impl Squeezed {
         }
 
         // Thresholds over all layers, heads and keys.
-        let group = self.num_heads / kv_heads;
-        let (mut fine, mut coarse) = (Vec::new(), Vec::new());
-        for &layer in layers {
-            for head in 0..self.num_heads {
-                let clusters = &clusters[layer][head / group];
-                let queries = of_head(&self.queries[layer], self.num_heads, dim, head);
-                let scores = clusters.scores(&queries, self.scale);
-                fine.extend(scores.into_iter().zip(clusters.counts()));
-                if sizes.1.is_some() {
-                    let scores = clusters.coarse_scores(&queries, self.scale);
-                    coarse.extend(scores.into_iter().zip(clusters.coarse_counts()));
-                }
-            }
-        }
-        // Percentile 0 keeps everything, also the key with the lowest score.
-        let at = |scores: Vec<(f32, f32)>, percentile: f64| match percentile {
-            0.0 => -1.0,
-            percentile => quantiles(scores, &[percentile])[0],
-        };
+        let (thresholds, shared) = (
+            self.calibrate(layers, &clusters, dim, 1),
+            self.calibrate(layers, &clusters, dim, group),
+        );
         self.index = Some(Arc::new(Index {
             prefix,
             sinks: sinks as u64,
             clustered: (sinks + n) as u64,
-            threshold: at(fine, self.config.percentile),
-            coarse_threshold: self.config.lower.map(|lower| at(coarse, lower)),
+            thresholds,
+            shared,
+            exact,
             clusters,
         }));
         self.queries = Vec::new();
         self.cached = vec![Cached::default(); store.num_layers()];
         Ok(())
+    }
+
+    /// The scores that the configured shares of all keys stay below, if every `heads` query heads choose together.
+    fn calibrate(
+        &self,
+        layers: &[usize],
+        clusters: &[Vec<Clusters>],
+        dim: usize,
+        heads: usize,
+    ) -> Thresholds {
+        let units = self.num_heads / heads;
+        let tasks: Vec<(usize, usize)> = layers
+            .iter()
+            .flat_map(|&layer| (0..units).map(move |unit| (layer, unit)))
+            .collect();
+        let mut made = vec![(Vec::new(), Vec::new()); tasks.len()];
+        let slots = SharedMut::new(&mut made);
+        let one = |task: usize| {
+            let (layer, unit) = tasks[task];
+            let clusters = &clusters[layer][unit * clusters[layer].len() / units];
+            let queries = of_heads(
+                &self.queries[layer],
+                self.num_heads,
+                dim,
+                unit * heads,
+                heads,
+            );
+            let fine = clusters.scores(&queries, heads, self.scale);
+            let fine = fine.into_iter().zip(clusters.counts()).collect();
+            let coarse = self.config.lower.map(|_| {
+                let scores = clusters.coarse_scores(&queries, heads, self.scale);
+                scores.into_iter().zip(clusters.coarse_counts()).collect()
+            });
+            // SAFETY: each task has a slot of its own.
+            unsafe { slots.slice(task, 1)[0] = (fine, coarse.unwrap_or_default()) };
+        };
+        Pool::global().for_each(tasks.len(), one);
+        let (fine, coarse): (Vec<Vec<_>>, Vec<Vec<_>>) = made.into_iter().unzip();
+        // Percentile 0 keeps everything, also the key with the lowest score.
+        let at = |scores: Vec<Vec<(f32, f32)>>, percentile: f64| match percentile {
+            0.0 => -1.0,
+            percentile => quantiles(scores.concat(), &[percentile])[0],
+        };
+        Thresholds {
+            fine: at(fine, self.config.percentile),
+            coarse: self.config.lower.map(|lower| at(coarse, lower)),
+        }
     }
 
     /// The slots of the prefix that a block's queries see, per query head, or per kv head where `shares`.
@@ -458,28 +324,38 @@ impl Squeezed {
                 clusters.len()
             )));
         }
-        let group = heads / kv_heads;
-        let rows = rotated(at, queries, 0);
-        let mut kept: Vec<(Vec<Range<u64>>, u64)> = vec![(Vec::new(), 0); heads];
-        let slots = SharedMut::new(&mut kept);
-        let one = |head: usize| {
-            let queries = of_head(&rows, heads, dim, head);
-            let (threshold, coarse) = (index.threshold, index.coarse_threshold);
-            let found = clusters[head / group].kept(&queries, self.scale, threshold, coarse);
-            // SAFETY: each head has a slot of its own.
-            unsafe { slots.slice(head, 1)[0] = found };
+        let (group, rows) = (heads / kv_heads, rotated(at, queries, 0));
+        let together = if shares { group } else { 1 };
+        let thresholds = if shares {
+            index.shared
+        } else {
+            index.thresholds
         };
-        Pool::global().for_each(heads, one);
+        let units = heads / together;
+        let mut kept: Vec<(Vec<Range<u64>>, u64)> = vec![(Vec::new(), 0); units];
+        let slots = SharedMut::new(&mut kept);
+        let one = |unit: usize| {
+            let queries = of_heads(&rows, heads, dim, unit * together, together);
+            let clusters = &clusters[unit * kv_heads / units];
+            let (mut ranges, looked) = clusters.kept(&queries, together, self.scale, thresholds);
+            for range in &mut ranges {
+                *range = index.sinks + range.start..index.sinks + range.end;
+            }
+            // SAFETY: each unit has a slot of its own.
+            unsafe { slots.slice(unit, 1)[0] = (ranges, looked) };
+        };
+        Pool::global().for_each(units, one);
         self.scored += kept.iter().map(|(_, looked)| looked).sum::<u64>();
-        self.offered += heads as u64 * (index.clustered - index.sinks);
+        self.offered += units as u64 * (index.clustered - index.sinks);
         let taken = kept.iter().flat_map(|(ranges, _)| ranges);
         self.taken += taken.map(|range| range.end - range.start).sum::<u64>();
-        let together = if shares { group } else { 1 };
-        let lists = kept.chunks(together).map(|heads| {
-            let ranges = heads.iter().flat_map(|(ranges, _)| ranges);
-            let moved = ranges.map(|r| index.sinks + r.start..index.sinks + r.end);
-            let sinks = (index.sinks > 0).then_some(0..index.sinks);
-            union(sinks.into_iter().chain(moved).collect())
+        let lists = kept.into_iter().map(|(mut ranges, _)| {
+            match ranges.first_mut() {
+                Some(first) if first.start == index.sinks => first.start = 0,
+                _ if index.sinks > 0 => ranges.insert(0, 0..index.sinks),
+                _ => {}
+            }
+            ranges
         });
         Ok(lists.collect())
     }
@@ -492,21 +368,13 @@ impl Squeezed {
         sizes: (usize, Option<usize>),
         first: Start<'_>,
     ) -> io::Result<()> {
-        self.build(layers, store, sizes, first)
+        let (dim, iterations) = (store.layout().head_dim, self.config.iterations);
+        let label = |layer: usize, head: usize, points: &[f64], k: usize| {
+            let first = first(layer, head, points, k);
+            (kmeans::lloyd(points, dim, first, iterations), k)
+        };
+        self.build(layers, store, sizes, &label)
     }
-}
-
-/// Ranges in ascending order, those that touch or overlap as one.
-fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_unstable_by_key(|range| range.start);
-    let mut all: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match all.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => all.push(range),
-        }
-    }
-    all
 }
 
 /// Rotated keys of some slots of one head: [slots, head_dim].
@@ -526,10 +394,14 @@ fn keys_of(
     Ok(keys)
 }
 
-/// One head of rows [n, heads head_dim]: [n, head_dim].
-fn of_head(rows: &[f32], num_heads: usize, dim: usize, head: usize) -> Vec<f32> {
-    rows.chunks_exact(num_heads * dim)
-        .flat_map(|row| row[head * dim..(head + 1) * dim].iter().copied())
+/// Some heads of rows [n, heads head_dim], one after another: [count, n, head_dim].
+fn of_heads(rows: &[f32], num_heads: usize, dim: usize, first: usize, count: usize) -> Vec<f32> {
+    (first..first + count)
+        .flat_map(|head| {
+            let rows = rows.chunks_exact(num_heads * dim);
+            rows.flat_map(move |row| &row[head * dim..(head + 1) * dim])
+        })
+        .copied()
         .collect()
 }
 
@@ -573,11 +445,12 @@ impl ContextPolicy for Squeezed {
         let k = share(self.config.clusters);
         let coarse = share(self.config.coarse).min(k);
         let sizes = (k, self.config.lower.map(|_| coarse));
-        let (dim, seed) = (store.layout().head_dim, self.config.seed);
-        let first = |_: usize, _: usize, points: &[f64], k: usize| {
-            kmeans::first_centres(points, dim, k, seed)
+        let (dim, config) = (store.layout().head_dim, self.config.clone());
+        let label = |_: usize, _: usize, points: &[f64], k: usize| {
+            let (iterations, leaf) = (config.iterations, config.leaf);
+            kmeans::cluster(points, dim, k, config.seed, iterations, leaf)
         };
-        self.build(layers, store, sizes, &first)
+        self.build(layers, store, sizes, &label)
     }
 
     fn begin_layer(
@@ -674,8 +547,9 @@ impl ContextPolicy for Squeezed {
     fn report(&self) -> PolicyReport {
         let index = self.index.iter().flat_map(|index| &index.clusters);
         let bytes = |c: &Clusters| {
-            let level = |rows: usize, starts: usize| 8 * rows + 4 * starts;
-            level(c.centroids.len(), c.starts.len()) + level(c.coarse.len(), c.coarse_starts.len())
+            let rows = 4 * (c.centroids.len() + c.coarse.len());
+            let starts = 4 * (c.starts.len() + c.coarse_starts.len());
+            rows + starts + c.panels.bytes() + c.coarse_panels.bytes()
         };
         let copies = self
             .cached
@@ -689,70 +563,5 @@ impl ContextPolicy for Squeezed {
             taken: self.taken,
             ..PolicyReport::default()
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quantiles_of_repeated_scores_are_those_of_the_list() {
-        let scores = vec![(0.5, 2.0), (0.1, 1.0), (0.9, 3.0), (7.0, 0.0)];
-        // 0.1 0.5 0.5 0.9 0.9 0.9: ranks 0 to 5.
-        let found = quantiles(scores, &[0.0, 0.2, 0.5, 0.9, 1.0]);
-        let want = [0.1, 0.5, 0.7, 0.9, 0.9];
-        for (found, want) in found.iter().zip(want) {
-            assert!((found - want).abs() < 1e-6, "{found}, expected {want}");
-        }
-    }
-
-    #[test]
-    fn the_coarse_level_looks_only_at_the_children_of_survivors() {
-        let (dim, n, k, coarse) = (8, 400, 40, 6);
-        let keys: Vec<f32> = (0..n * dim)
-            .map(|i| ((i * 7919 + 13) % 1000) as f32 / 500.0 - 1.0)
-            .collect();
-        let points = kmeans::normalised(&keys, dim);
-        let first = kmeans::first_centres(&points, dim, k, 0);
-        let labels = kmeans::lloyd(&points, dim, first, 300);
-        let (centroids, _) = kmeans::means(&keys, dim, &labels, k);
-        let points = kmeans::normalised(&centroids, dim);
-        let first = kmeans::first_centres(&points, dim, coarse, 0);
-        let parents = kmeans::lloyd(&points, dim, first, 300);
-        let (clusters, order) = Clusters::new(&keys, dim, &labels, k, Some((&parents, coarse)));
-        let mut sorted = order.clone();
-        sorted.sort_unstable();
-        assert_eq!(sorted, (0..n as u64).collect::<Vec<_>>());
-
-        let queries = &keys[..3 * dim];
-        let above = clusters.coarse_scores(queries, 1.0);
-        let mut ranked = above.clone();
-        ranked.sort_by(f32::total_cmp);
-        let cut = ranked[coarse / 2];
-        let (ranges, looked) = clusters.kept(queries, 1.0, 0.002, Some(cut));
-        let survivors = (0..coarse).filter(|&c| above[c] > cut);
-        let children: Vec<usize> = survivors
-            .flat_map(|c| {
-                clusters.coarse_starts[c] as usize..clusters.coarse_starts[c + 1] as usize
-            })
-            .collect();
-        assert_eq!(looked as usize, coarse + children.len());
-        assert!(!children.is_empty() && children.len() < k);
-
-        // The same from all clusters, with those of other parents masked out.
-        let mut logits = Vec::new();
-        let mut counts = clusters.counts();
-        for cluster in (0..k).filter(|cluster| !children.contains(cluster)) {
-            counts[cluster] = 0.0;
-        }
-        let stride = clusters.panels.products(queries, &mut logits);
-        let mut scores = vec![0f32; k];
-        cluster_scores(&mut logits, stride, &counts, 1.0, &mut scores);
-        let want: Vec<u64> = (0..k)
-            .filter(|&c| scores[c] > 0.002)
-            .flat_map(|c| u64::from(clusters.starts[c])..u64::from(clusters.starts[c + 1]))
-            .collect();
-        assert_eq!(ranges.into_iter().flatten().collect::<Vec<_>>(), want);
     }
 }

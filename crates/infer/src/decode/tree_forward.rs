@@ -58,6 +58,8 @@ pub(crate) fn one_pass(engine: &Engine, sequence: &Sequence) -> bool {
             .all(|layer| sequence.store.len(layer) == sequence.tokens.len() as u64)
         && !engine.ropes().depend_on_length()
         && !engine.ropes().keys_differ()
+        // Siblings share a position, but ALiBi would see their slots.
+        && engine.model().config().alibi_max_bias.is_none()
         && (engine.model().config().layers.iter()).all(|layer| layer.sliding_window.is_none())
 }
 
@@ -221,6 +223,7 @@ impl TreeAttend<'_> {
                     tiles: Tiles::Shared(tiles),
                     mask: Mask::Causal,
                     column_sums: false,
+                    alibi: None,
                 }]
             })
             .collect();

@@ -15,6 +15,8 @@ pub struct Rig {
     pub head_dim: usize,
     /// None: keys and queries come rotated.
     pub rope: Option<Frequencies>,
+    /// ALiBi's slopes, for models of that kind.
+    pub alibi: Option<Vec<f32>>,
     pub store: KvStore,
     pub position: usize,
 }
@@ -43,6 +45,7 @@ impl Rig {
             num_kv_heads,
             head_dim,
             rope,
+            alibi: None,
             store: KvStore::new(layout, 1, spec.raw_keys, spec.first_page, None),
             position: 0,
         }
@@ -113,6 +116,7 @@ impl Rig {
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             softcap: None,
             sliding_window: None,
+            alibi: self.alibi.as_deref(),
         };
         let mut rows = [Row {
             store: &mut self.store,

@@ -9,9 +9,10 @@
 //!
 //! The walk is generic over [`TileUnit`], so that it is tested with an emulated unit on any CPU.
 
-use super::flash::{Scratch, Segment, Sight, sight, visible_bits};
+use super::flash::{Scratch, Segment};
 use super::layout::PAGE;
 use super::micro::{Entries, Format, Int8Key, Int8Value, Logits, Running};
+use super::sight::{Sight, sight, tile_bias, visible_bits};
 use super::{Attention, KvDtype, Tile};
 use crate::tile::{TileUnit, square};
 use std::f32::consts::LOG2_E;
@@ -163,7 +164,10 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
             for (i, (tile, partial)) in chunk[..count].iter().flatten().enumerate() {
                 key_logits::<T>(query, dim, keys[i], s.add(i * PAGE), width);
                 let key_scale = scale_of(args, tile.keys.as_ptr().add(offset));
-                if *partial || !key_scale.is_null() || args.softcap.is_some() {
+                let step = (first, first + used);
+                let bias = &mut scratch.bias;
+                let bias = tile_bias(args, segment.part, kv_head, queries, tile, step, bias);
+                if *partial || !key_scale.is_null() || args.softcap.is_some() || !bias.is_null() {
                     let visible = if *partial {
                         let bits = &mut scratch.visible;
                         visible_bits(args, segment.part, queries, tile, rows, bits);
@@ -177,6 +181,10 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
                         rows: (0, used),
                         key_scale,
                         softcap: args.softcap.map(|cap| cap * LOG2_E),
+                        bias: match bias.is_null() {
+                            true => bias,
+                            false => bias.add(first),
+                        },
                         visible,
                     });
                 }

@@ -8,6 +8,7 @@ use super::amx;
 use super::codes::{self, CodeProduct};
 use super::layout::{PAGE, bf16_bits};
 use super::micro::{Bf16, Entries, F16, F32, Format, Int8Key, Int8Value, Logits, Product, Running};
+use super::sight::{Sight, sight, tile_bias, visible_bits};
 #[cfg(target_arch = "x86_64")]
 use super::words;
 use super::{Attention, KvDtype, Tile, Tiles};
@@ -107,6 +108,8 @@ pub(super) struct Scratch {
     pub sum: Buffer,
     pub out: Buffer,
     pub visible: Vec<u64>,
+    /// ALiBi of a tile; see [`tile_bias`].
+    pub bias: Vec<[f32; 2]>,
     /// Queries as 16-bit integers, four bytes in the place of each f32; see `codes`.
     query_codes: Buffer,
     query_factor: Buffer,
@@ -242,57 +245,6 @@ fn round_queries(scratch: &mut Scratch, rows: usize, dim: usize) {
     to[rows * dim / 2..].fill(0.0);
 }
 
-/// How a block of queries sees a tile.
-pub(super) enum Sight {
-    Nothing,
-    All,
-    /// Some row sees only part of the slots `start..end` that any row sees.
-    Some(usize, usize),
-}
-
-pub(super) fn sight(args: &Attention, part: usize, queries: (usize, usize), tile: &Tile) -> Sight {
-    let mask = args.parts[part].mask;
-    let first = mask.span(tile, args.query_start + queries.0 as u64);
-    let last = mask.span(tile, args.query_start + queries.1 as u64 - 1);
-    if first.0 >= last.1 {
-        Sight::Nothing
-    } else if last.0 == 0 && first.1 == PAGE as u64 {
-        Sight::All
-    } else {
-        Sight::Some(first.0 as usize, last.1 as usize)
-    }
-}
-
-/// The visible slots of each row in `rows` as bits; rows repeat every `queries`.
-pub(super) fn visible_bits(
-    args: &Attention,
-    part: usize,
-    queries: (usize, usize),
-    tile: &Tile,
-    rows: (usize, usize),
-    to: &mut Vec<u64>,
-) {
-    let mask = args.parts[part].mask;
-    let count = queries.1 - queries.0;
-    to.resize(to.len().max(rows.1), 0);
-    for row in rows.0..rows.1 {
-        to[row] = if row >= rows.0 + count {
-            to[row - count]
-        } else {
-            let t = queries.0 + row % count;
-            let (start, end) = mask.span(tile, args.query_start + t as u64);
-            let below = |slot: u64| {
-                if slot >= 64 {
-                    u64::MAX
-                } else {
-                    (1 << slot) - 1
-                }
-            };
-            below(end) & !below(start)
-        };
-    }
-}
-
 /// One tile against some rows of a block.
 struct Step<'a> {
     args: &'a Attention<'a>,
@@ -356,7 +308,12 @@ impl Step<'_> {
             c: s.add(rows.0 * PAGE),
             c_stride: PAGE,
             add: false,
-            ahead: self.next.map(|next| next.keys.as_ptr().add(offset)),
+            ahead: self.next.map(|next| {
+                // Where the next tile's valid slots are.
+                let columns = isize::from(next.lo) / 16 * 16 - start as isize / 16 * 16;
+                let section = next.keys.as_ptr().add(offset);
+                section.wrapping_offset(columns * K::PAIR as isize)
+            }),
         };
         let by_codes = by_codes::<L>(args);
         let expand = count >= EXPAND_ROWS && layout.dtype != KvDtype::F32;
@@ -380,7 +337,16 @@ impl Step<'_> {
         }
 
         let key_scale = scale_of(key);
-        if partial || !key_scale.is_null() || args.softcap.is_some() {
+        let bias = tile_bias(
+            args,
+            segment.part,
+            block.kv_head,
+            block.queries,
+            tile,
+            rows,
+            &mut scratch.bias,
+        );
+        if partial || !key_scale.is_null() || args.softcap.is_some() || !bias.is_null() {
             let softcap = args.softcap.map(|cap| cap * LOG2_E);
             let visible = if partial {
                 scratch.visible.as_ptr()
@@ -393,6 +359,7 @@ impl Step<'_> {
                 rows,
                 key_scale,
                 softcap,
+                bias,
                 visible,
             });
         }
@@ -433,7 +400,11 @@ impl Step<'_> {
             c: out.add(rows.0 * width),
             c_stride: width,
             add: true,
-            ahead: self.next.map(|next| next.values.as_ptr().add(offset)),
+            ahead: self.next.map(|next| {
+                let rows = isize::from(next.lo) / 2 - pairs.0 as isize;
+                let section = next.values.as_ptr().add(offset);
+                section.wrapping_offset(rows * (width * V::PAIR) as isize)
+            }),
         };
         if by_codes {
             value_codes(&product, scratch);
@@ -730,7 +701,16 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
                 KvDtype::Int8 => key.add(PAGE * width).cast::<f32>(),
                 _ => std::ptr::null(),
             };
-            if partial || !key_scale.is_null() || args.softcap.is_some() {
+            let bias = tile_bias(
+                args,
+                part,
+                kv_head,
+                queries,
+                tile,
+                (0, rows),
+                &mut scratch.bias,
+            );
+            if partial || !key_scale.is_null() || args.softcap.is_some() || !bias.is_null() {
                 let rows = (0, rows);
                 let visible = if partial {
                     visible_bits(args, part, queries, tile, rows, &mut scratch.visible);
@@ -745,6 +725,7 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
                     rows,
                     key_scale,
                     softcap,
+                    bias,
                     visible,
                 });
             }

@@ -118,9 +118,22 @@ pub(super) struct Logits {
     pub key_scale: *const f32,
     /// `c * log2(e)`: logits become `c * tanh`, in base 2.
     pub softcap: Option<f32>,
+    /// ALiBi, or null: of each row of the block the term of slot 0 and the step from slot to slot, base 2.
+    pub bias: *const [f32; 2],
     /// Visible slots of each row of the block, or null when all are.
     pub visible: *const u64,
 }
+
+/// The numbers of a tile's slots.
+const SLOTS: [f32; PAGE] = {
+    let mut slots = [0.0; PAGE];
+    let mut slot = 0;
+    while slot < PAGE {
+        slots[slot] = slot as f32;
+        slot += 1;
+    }
+    slots
+};
 
 /// Running softmax of the rows of a block.
 #[derive(Clone, Copy)]
@@ -397,6 +410,11 @@ unsafe fn logits<L: Lanes>(l: &Logits) {
         } else {
             *l.visible.add(row)
         };
+        let bias = if l.bias.is_null() {
+            None
+        } else {
+            Some(*l.bias.add(row))
+        };
         let s = l.s.add(row * l.stride);
         for col in (0..PAGE).step_by(L::N) {
             let mut x = L::load(s.add(col));
@@ -405,6 +423,10 @@ unsafe fn logits<L: Lanes>(l: &Logits) {
             }
             if let Some(cap) = l.softcap {
                 x = L::mul(tanh::<L>(x), L::splat(cap));
+            }
+            if let Some([start, step]) = bias {
+                let slots = L::load(SLOTS.as_ptr().add(col));
+                x = L::add(x, L::fma(L::splat(step), slots, L::splat(start)));
             }
             L::store(s.add(col), L::select(bits >> col, x, hidden));
         }

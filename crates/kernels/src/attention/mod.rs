@@ -11,6 +11,7 @@
 //! * `words`: many rows against f16 and bf16 pages by 16-bit dot products (AVX-512 VNNI);
 //! * `amx`: the same steps on bf16 tiles;
 //! * `flash`: one block of query rows against a run of tiles, with a running softmax;
+//! * `sight`: which slots of a tile a row sees, and its ALiBi terms;
 //! * `schedule`: blocks and key ranges over threads, and the merge of key ranges;
 //! * `naive`: plain loops in f64, the oracle of the tests.
 //!
@@ -29,6 +30,7 @@ mod layout;
 mod micro;
 mod naive;
 mod schedule;
+mod sight;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -95,6 +97,49 @@ pub enum Tiles<'a> {
     PerQueryHead(&'a [Vec<Tile<'a>>]),
 }
 
+/// Where [`Alibi`] takes queries to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// At its true position.
+    Own,
+    /// At its true position, but no further than this.
+    AtMost(u64),
+    /// Here.
+    At(u64),
+}
+
+impl Place {
+    /// The place of a query at a true position.
+    #[inline]
+    pub fn of(self, position: u64) -> u64 {
+        match self {
+            Place::Own => position,
+            Place::AtMost(limit) => position.min(limit),
+            Place::At(place) => place,
+        }
+    }
+}
+
+/// ALiBi (arXiv 2108.12409): `slope * (place of the key - place of the query)` is added to each logit,
+/// after scale and soft cap.
+#[derive(Clone, Copy, Debug)]
+pub struct Alibi<'a> {
+    /// `[num_heads]`; positive slopes take from distant keys.
+    pub slopes: &'a [f32],
+    /// Where queries are.
+    pub query: Place,
+    /// Where all keys are; `None` = at their true positions.
+    pub keys_at: Option<u64>,
+}
+
+impl Alibi<'_> {
+    /// The term of a head's logits, for a query and a key at these true positions.
+    pub fn bias(&self, head: usize, query: u64, key: u64) -> f64 {
+        let distance = self.keys_at.unwrap_or(key) as f64 - self.query.of(query) as f64;
+        f64::from(self.slopes[head]) * distance
+    }
+}
+
 /// Keys seen under one mask by queries rotated in one way.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
@@ -106,6 +151,8 @@ pub struct Part<'a> {
     pub mask: Mask,
     /// Return the column sums of this part (only for [`Tiles::Shared`]).
     pub column_sums: bool,
+    /// A term of the logits that grows with distance.
+    pub alibi: Option<Alibi<'a>>,
 }
 
 /// One attention call: the queries of one sequence and layer.
@@ -235,6 +282,10 @@ impl Attention<'_> {
         };
         for part in self.parts {
             size("the length of a part's query", part.query.len(), elements)?;
+            if let Some(alibi) = &part.alibi {
+                let (found, wanted) = (alibi.slopes.len(), self.num_heads);
+                size("the number of ALiBi slopes", found, wanted)?;
+            }
             match part.tiles {
                 Tiles::Shared(tiles) => check_tiles(tiles)?,
                 Tiles::PerKvHead(lists) => {

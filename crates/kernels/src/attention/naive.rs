@@ -40,6 +40,10 @@ pub fn attention_naive(args: &Attention, out: &mut [f32]) -> AttentionOutput {
                         if let Some(cap) = args.softcap {
                             logit = f64::from(cap) * (logit / f64::from(cap)).tanh();
                         }
+                        if let Some(alibi) = &part.alibi {
+                            let query = args.query_start + t as u64;
+                            logit += alibi.bias(head, query, tile.first + slot as u64);
+                        }
                         seen.push((logit, index, number, slot));
                     }
                 }

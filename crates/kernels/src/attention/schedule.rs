@@ -11,6 +11,7 @@ use super::lanes::Portable;
 use super::lanes::{Avx2, Avx512};
 use super::layout::PAGE;
 use super::micro::Entries;
+use super::sight::{Sight, sight};
 use super::{Attention, AttentionOutput, KvDtype, Tiles};
 use crate::cpu::Level;
 use crate::pool::{Pool, SharedMut};
@@ -289,8 +290,8 @@ fn cost(args: &Attention, block: &Block) -> usize {
         let to = block.tiles.1.clamp(passed, end) - passed;
         let sees = |tile| {
             !matches!(
-                flash::sight(args, segment.part, block.queries, tile),
-                flash::Sight::Nothing
+                sight(args, segment.part, block.queries, tile),
+                Sight::Nothing
             )
         };
         seen += segment.tiles[from..to]

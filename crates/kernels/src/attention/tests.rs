@@ -44,6 +44,7 @@ struct Case {
     group: usize,
     queries: usize,
     softcap: bool,
+    alibi: bool,
     seed: u64,
 }
 
@@ -60,16 +61,18 @@ fn case() -> impl Strategy<Value = Case> {
         prop::sample::select(vec![1usize, 3, 7, 9]),
         prop_oneof![Just(1usize), 2usize..9, 9usize..71],
         any::<bool>(),
+        any::<bool>(),
         1u64..1 << 40,
     )
         .prop_map(
-            |(dtype, head_dim, num_kv_heads, group, queries, cap, seed)| Case {
+            |(dtype, head_dim, num_kv_heads, group, queries, cap, alibi, seed)| Case {
                 dtype,
                 head_dim,
                 num_kv_heads,
                 group,
                 queries,
                 softcap: cap,
+                alibi,
                 seed,
             },
         )
@@ -108,6 +111,8 @@ fn with_case(case: &Case, check: impl Fn(&Attention)) {
     let per_kv: Vec<Vec<Tile>> = (0..case.num_kv_heads).map(|_| list(random)).collect();
     let per_head: Vec<Vec<Tile>> = (0..num_heads).map(|_| list(random)).collect();
     let elements = case.queries * num_heads * case.head_dim;
+    // Terms of up to 30 or so: their rounding stays below that of the products.
+    let slopes = random.floats(num_heads, 0.05);
     let queries: Vec<Vec<f32>> = (0..4).map(|_| random.floats(elements, 1.5)).collect();
     let mut parts = Vec::new();
     for (index, query) in queries.iter().enumerate() {
@@ -122,12 +127,22 @@ fn with_case(case: &Case, check: impl Fn(&Attention)) {
             2 => Mask::Window(random.below(200) as u64),
             _ => Mask::Beyond(random.below(200) as u64),
         };
+        let alibi = Alibi {
+            slopes: &slopes,
+            query: match random.below(3) {
+                0 => Place::Own,
+                1 => Place::AtMost(random.below(450) as u64),
+                _ => Place::At(random.below(450) as u64),
+            },
+            keys_at: (random.below(3) == 0).then_some(random.below(200) as u64),
+        };
         if index == 0 || random.below(2) == 0 {
             parts.push(Part {
                 query,
                 tiles,
                 mask,
                 column_sums: random.below(2) == 0,
+                alibi: case.alibi.then_some(alibi),
             });
         }
     }
@@ -391,6 +406,7 @@ fn batches_and_split_keys_agree_with_the_naive_twin() {
                     tiles,
                     mask: Mask::Causal,
                     column_sums: true,
+                    alibi: None,
                 }]
             })
             .collect();
@@ -455,6 +471,7 @@ fn queries_without_keys_give_zeros_and_huge_logits_stay_finite() {
                 tiles,
                 mask,
                 column_sums: true,
+                alibi: None,
             }];
             let args = Attention {
                 layout,
@@ -551,6 +568,7 @@ fn contradicting_fields_are_named() {
             tiles,
             mask: Mask::All,
             column_sums: false,
+            alibi: None,
         }];
         let args = Attention {
             layout,
@@ -576,4 +594,55 @@ fn contradicting_fields_are_named() {
     assert!(complaint(Tiles::Shared(&short), &query, 4, 64).contains("V plane"));
     assert!(complaint(Tiles::PerKvHead(&lists), &query, 4, 64).contains("lists is 3, expected 2"));
     assert!(complaint(Tiles::PerQueryHead(&lists), &query, 4, 64).contains("expected 4"));
+}
+
+#[test]
+fn one_slope_for_each_head() {
+    let layout = KvLayout {
+        num_kv_heads: 1,
+        head_dim: 16,
+        dtype: KvDtype::F32,
+    };
+    let pages = vec![page(&layout, &mut Random(5))];
+    let (tiles, query) = (context(&pages, 64), vec![0.0; 2 * 16]);
+    let attend = |slopes: &[f32], keys_at: Option<u64>| {
+        let parts = [Part {
+            query: &query,
+            tiles: Tiles::Shared(&tiles),
+            mask: Mask::Causal,
+            column_sums: true,
+            alibi: Some(Alibi {
+                slopes,
+                query: Place::Own,
+                keys_at,
+            }),
+        }];
+        let args = Attention {
+            layout,
+            num_heads: 2,
+            queries: 1,
+            query_start: 40,
+            scale: 1.0,
+            softcap: None,
+            parts: &parts,
+        };
+        args.check(32)?;
+        let sums = attention(&args, &mut [0.0; 32]).column_sums;
+        Ok::<_, AttentionError>(sums[0].clone().expect("asked for"))
+    };
+    // Without query, a head weighs keys by distance alone: e^-slope from one to the next.
+    let sums = attend(&[0.0, 1.0], None).unwrap();
+    assert!(distance(&sums[..41], &[1.0 / 41.0; 41]) <= 1e-6);
+    let nearest = 1.0 - (-1f32).exp();
+    for (back, sum) in sums[PAGE..PAGE + 41].iter().rev().enumerate() {
+        assert!((sum - nearest * (-(back as f32)).exp()).abs() <= 1e-6);
+    }
+    // Keys in one place are weighed alike at any slope.
+    let sums = attend(&[0.5, 1.0], Some(3)).unwrap();
+    assert!(distance(&sums[PAGE..PAGE + 41], &[1.0 / 41.0; 41]) <= 1e-6);
+    let error = attend(&[1.0], None).unwrap_err().to_string();
+    assert!(
+        error.contains("the number of ALiBi slopes is 1, expected 2"),
+        "{error}"
+    );
 }

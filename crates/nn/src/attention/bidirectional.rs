@@ -122,6 +122,7 @@ impl BidirectionalAttention {
                         tiles: Tiles::Shared(tiles),
                         mask: Mask::All,
                         column_sums: false,
+                        alibi: None,
                     }]
                 })
                 .collect();

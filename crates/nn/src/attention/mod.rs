@@ -239,6 +239,15 @@ impl CausalAttention<'_> {
         if let Some(cap) = c.attention_softcap {
             scores = ((scores / cap as f64)?.tanh()? * cap as f64)?;
         }
+        if let Some(slopes) = c.alibi_slopes() {
+            // The same term for every row of keys: its query's part cancels in the softmax.
+            let bias: Vec<f32> = slopes
+                .iter()
+                .flat_map(|slope| (0..s).map(move |j| -slope * (s - 1 - j) as f32))
+                .collect();
+            let bias = Tensor::from_vec(bias, (c.num_heads, 1, s), query.device())?;
+            scores = scores.broadcast_add(&bias)?;
+        }
         let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
         let hidden = |i: usize, j: usize| j > i || i - j >= window;
         let mask: Vec<f32> = (s - t..s)

@@ -11,6 +11,7 @@ use crate::weights::to_f32;
 /// `general.architecture` of the supported models. Mistral's files say `llama`.
 const ARCHITECTURES: &[(&str, Architecture)] = &[
     ("llama", Architecture::Llama),
+    ("baichuan", Architecture::Llama),
     ("qwen2", Architecture::Qwen2),
     ("qwen3", Architecture::Qwen3),
     ("gemma3", Architecture::Gemma3),
@@ -24,6 +25,8 @@ const GEMMA3_LOCAL_THETA: f64 = 10_000.0;
 /// Gemma 3 with this many layers (27B) scales attention by the mean width of a head,
 /// `hidden_size / num_heads`, instead of the head's own size.
 const GEMMA3_27B_LAYERS: usize = 62;
+/// Baichuan with this many layers (13B) has ALiBi in place of rotation. Files do not say so.
+const BAICHUAN_ALIBI_LAYERS: usize = 40;
 /// SmolLM3: every fourth layer has no position encoding. Files do not say so.
 const SMOLLM3_NO_ROPE_INTERVAL: usize = 4;
 
@@ -166,7 +169,7 @@ impl ModelConfig {
             ));
         }
         let mut rope = Vec::new();
-        let layers = layers(
+        let mut layers = layers(
             &keys,
             architecture,
             num_layers,
@@ -174,6 +177,17 @@ impl ModelConfig {
             context_length,
             &mut rope,
         )?;
+        let alibi_max_bias = match keys.number("attention.max_alibi_bias")? {
+            Some(bias) => Some(bias).filter(|&bias| bias != 0.0),
+            None if architecture_name == "baichuan" && num_layers == BAICHUAN_ALIBI_LAYERS => {
+                Some(8.0)
+            }
+            None => None,
+        };
+        if alibi_max_bias.is_some() {
+            layers.iter_mut().for_each(|layer| layer.rope = None);
+            rope.clear();
+        }
         let has = |name: &str| gguf.tensor(name).is_some();
         let width = match gemma && num_layers == GEMMA3_27B_LAYERS && num_heads > 0 {
             true => hidden_size as f64 / num_heads as f64,
@@ -212,6 +226,7 @@ impl ModelConfig {
             attention_scale: scale.unwrap_or_else(|| width.sqrt().recip()) as f32,
             attention_softcap: cap("attn_logit_softcapping")?,
             final_softcap: cap("final_logit_softcapping")?,
+            alibi_max_bias,
             layers,
             rope,
             name: gguf.text("general.name")?.map(str::to_owned),
@@ -228,6 +243,7 @@ impl ModelConfig {
             "attention_scale" => keys.key("attention.scale"),
             "attention_softcap" => keys.key("attn_logit_softcapping"),
             "final_softcap" => keys.key("final_logit_softcapping"),
+            "alibi_max_bias" => keys.key("attention.max_alibi_bias"),
             "rope_theta" => keys.key("rope.freq_base"),
             "partial_rotary_factor" => keys.key("rope.dimension_count"),
             "freq_factors" => "rope_freqs.weight".into(),

@@ -315,6 +315,7 @@ fn decoder(
         attention_scale: score_width.sqrt().recip() as f32,
         attention_softcap: cap("attn_logit_softcapping")?,
         final_softcap: cap("final_logit_softcapping")?,
+        alibi_max_bias: alibi(fields)?,
         layers,
         rope,
         name: root
@@ -331,11 +332,21 @@ fn decoder(
             "attention_scale" => "query_pre_attn_scalar",
             "attention_softcap" => "attn_logit_softcapping",
             "final_softcap" => "final_logit_softcapping",
+            "alibi_max_bias" => "alibi_bias_max",
             other => other,
         }
         .into()
     };
     config.validate(fields.file, name)
+}
+
+/// Whether positions are told by ALiBi, in the spellings of BLOOM (`position_embedding_type`), Falcon
+/// (`alibi`) and MPT (`alibi_bias_max`).
+fn alibi(fields: &Fields) -> Result<Option<f64>, ConfigError> {
+    let named = fields.read("position_embedding_type", "a string", Value::as_str)?;
+    let set = fields.flag("alibi")?.unwrap_or(named == Some("alibi"));
+    let bias = fields.number("alibi_bias_max")?.unwrap_or(8.0);
+    Ok(set.then_some(bias))
 }
 
 fn activation(fields: &Fields, gemma: bool) -> Result<Activation, ConfigError> {
@@ -381,7 +392,10 @@ fn layers(
     if window == Some(0) {
         return Err(fields.invalid("sliding_window", "0".into(), "a positive number or null"));
     }
-    let has_rope = rope_layers(architecture, fields, num_layers)?;
+    let has_rope = match alibi(fields)? {
+        Some(_) => vec![false; num_layers],
+        None => rope_layers(architecture, fields, num_layers)?,
+    };
     let sliding = sliding_layers(architecture, fields, num_layers, &has_rope)?;
     let mut layers = Vec::with_capacity(num_layers);
     for i in 0..num_layers {

@@ -437,3 +437,45 @@ fn a_gguf_may_say_which_layers_are_local() {
     .unwrap();
     assert!(config.layers.iter().all(|l| l.sliding_window == Some(64)));
 }
+
+#[test]
+fn alibi_is_read_in_every_spelling_and_takes_the_place_of_rotation() {
+    let with = |keys: &[(&str, Json)]| {
+        let mut config = Tiny::ALL[0].hf_config();
+        keys.iter()
+            .for_each(|(key, value)| config[*key] = value.clone());
+        hf(&config)
+    };
+    let plain = with(&[]).unwrap();
+    assert_eq!((plain.alibi_max_bias, plain.alibi_slopes()), (None, None));
+    for keys in [
+        &[("position_embedding_type", json!("alibi"))][..],
+        &[("alibi", json!(true))],
+        &[("alibi", json!(true)), ("alibi_bias_max", json!(8))],
+    ] {
+        let config = with(keys).unwrap();
+        assert_eq!(config.alibi_max_bias, Some(8.0));
+        assert!(config.rope.is_empty() && config.layers.iter().all(|layer| layer.rope.is_none()));
+        let slopes = config.alibi_slopes().unwrap();
+        let want = crate::position::alibi::slopes(config.num_heads);
+        assert_eq!(slopes, want.iter().map(|&x| x as f32).collect::<Vec<_>>());
+    }
+    let text = with(&[("alibi", json!(true)), ("alibi_bias_max", json!(0))]);
+    assert!(text.unwrap_err().to_string().contains("alibi_bias_max"));
+    let rotary = with(&[("position_embedding_type", json!("rotary"))]).unwrap();
+    assert_eq!(rotary, plain);
+
+    let config = gguf(&llama_with(
+        "attention.max_alibi_bias",
+        Some(Value::F32(16.0)),
+    ))
+    .unwrap();
+    assert_eq!(config.alibi_max_bias, Some(16.0));
+    assert!(config.rope.is_empty());
+    let config = gguf(&llama_with(
+        "attention.max_alibi_bias",
+        Some(Value::F32(0.0)),
+    ))
+    .unwrap();
+    assert_eq!((config.alibi_max_bias, config.rope.len()), (None, 1));
+}

@@ -2,7 +2,7 @@
 //!
 //! For models of that kind (MPT, BLOOM; ALiBi, arXiv 2108.12409), with LM-Infinite's visible sets and its
 //! ceiling on distance (arXiv 2308.16137) for texts past the training length. The attention here is the
-//! naive one, over candle tensors of any float type: the oracle for kernels with such a bias.
+//! naive one, over candle tensors of any float type: the oracle of the engine, whose kernels add the same term.
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
@@ -42,7 +42,13 @@ impl Alibi {
 /// The published slopes: `2^(-8 i / n)` for the i-th of n heads when n is a power of two; otherwise those of
 /// the next lower power of two, then every second one of twice as many heads.
 pub fn slopes(heads: usize) -> Vec<f64> {
-    let of_power = |n: usize| (1..=n).map(move |i| (-8.0 * i as f64 / n as f64).exp2());
+    slopes_to(8.0, heads)
+}
+
+/// [`slopes`] with another largest exponent than 8, as checkpoints may state (`alibi_bias_max`,
+/// `attention.max_alibi_bias`).
+pub fn slopes_to(max_bias: f64, heads: usize) -> Vec<f64> {
+    let of_power = |n: usize| (1..=n).map(move |i| (-max_bias * i as f64 / n as f64).exp2());
     if heads == 0 {
         return Vec::new();
     }

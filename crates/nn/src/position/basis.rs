@@ -155,6 +155,9 @@ pub struct RopeBasis {
     pub(super) scaling: RopeScaling,
     /// xPos on top of the rule: see [`Frequencies::scale_base`].
     pub(super) scale_base: Option<f64>,
+    /// See [`RopeBasis::keeps_keys`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) keeps_keys: bool,
 }
 
 /// The fields of a basis as read from outside, before anyone looked at them.
@@ -168,6 +171,8 @@ struct Unchecked {
     scaling: RopeScaling,
     #[serde(default)]
     scale_base: Option<f64>,
+    #[serde(default)]
+    keeps_keys: bool,
 }
 
 impl TryFrom<Unchecked> for RopeBasis {
@@ -187,6 +192,7 @@ impl TryFrom<Unchecked> for RopeBasis {
         if let Some(scale_base) = fields.scale_base {
             basis = basis.with_xpos(scale_base)?;
         }
+        basis.keeps_keys = fields.keeps_keys;
         basis.with_scaling(fields.scaling)
     }
 }
@@ -221,7 +227,20 @@ impl RopeBasis {
             freq_factors: None,
             scaling: RopeScaling::Default,
             scale_base: None,
+            keeps_keys: false,
         })
+    }
+
+    /// Leaves cached keys at the angles that they were first turned to.
+    pub fn with_kept_keys(mut self) -> Self {
+        self.keeps_keys = true;
+        self
+    }
+
+    /// Whether keys stay as they were cached when the frequencies change with the length, as transformers
+    /// leaves them; else all are turned anew, so that a text gives the same result however it was read.
+    pub fn keeps_keys(&self) -> bool {
+        self.keeps_keys
     }
 
     /// Adds the decay of xPos: pair j loses a factor `zeta_j` over every `scale_base` tokens of distance.

@@ -152,6 +152,12 @@ impl LayerRopes {
         self.used().any(RopeBasis::depends_on_length)
     }
 
+    /// Whether cached keys of some layer must be turned anew as the text grows.
+    pub fn turn_cached_keys(&self) -> bool {
+        let mut used = self.used();
+        used.any(|basis| basis.depends_on_length() && !basis.keeps_keys())
+    }
+
     /// Whether some layer turns keys otherwise than queries: xPos, or CLEX with a factor on queries.
     pub fn keys_differ(&self) -> bool {
         self.used().any(|basis| {

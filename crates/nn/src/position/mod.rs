@@ -21,7 +21,7 @@ pub mod xpos;
 pub use basis::{Frequencies, RopeBasis, RopeScaling, YarnParameters};
 pub use hf::KNOWN_ROPE_TYPES;
 pub use layers::LayerRopes;
-pub use parse::{KNOWN_OVERRIDES, OVERRIDE_HELP, RopeOverride, RopeTerm};
+pub use parse::{CachedKeys, KNOWN_OVERRIDES, OVERRIDE_HELP, RopeOverride, RopeTerm};
 pub use table::{RopeLayout, RopeTable, rotate};
 pub use xpos::XPos;
 

@@ -22,7 +22,7 @@ pub const KNOWN_OVERRIDES: &[&str] = &[
     "randomised[:EPS]",
     "xpos[:SCALE_BASE]",
     "ntk:FACTOR",
-    "dynamic:FACTOR",
+    "dynamic:FACTOR[,keys=kept]",
     "yarn:FACTOR[:ORIGINAL_TOKENS]",
     "longrope:FILE",
     "llama3:FACTOR[:ORIGINAL_TOKENS]",
@@ -34,6 +34,17 @@ pub const KNOWN_OVERRIDES: &[&str] = &[
 /// How terms combine, in one sentence for `--help`.
 pub const OVERRIDE_HELP: &str = "linear, power and truncated combine with `+`, and abf and xpos with anything; \
      the checkpoint's own rope scaling is replaced";
+
+/// What becomes of cached keys when frequencies change with the length of the text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CachedKeys {
+    /// They are turned to the new angles.
+    #[default]
+    Turned,
+    /// They stay as they are: what transformers does.
+    Kept,
+}
 
 /// One part of an override. Values stand in this order, or as `name=value`.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +85,8 @@ pub enum RopeTerm {
     Dynamic {
         /// Growth per window.
         factor: f64,
+        /// What becomes of cached keys when the base grows.
+        keys: CachedKeys,
     },
     /// YaRN.
     Yarn {
@@ -178,7 +191,8 @@ impl RopeTerm {
         };
         let names: &[&str] = match name {
             "default" => &[],
-            "linear" | "ntk" | "dynamic" => &["factor"],
+            "linear" | "ntk" => &["factor"],
+            "dynamic" => &["factor", "keys"],
             "power" => &["exponent"],
             "truncated" => &["tokens"],
             "randomised" => &["eps"],
@@ -231,6 +245,9 @@ impl RopeTerm {
             },
             "dynamic" => RopeTerm::Dynamic {
                 factor: values.number("factor", 1.0)?,
+                keys: values
+                    .optional("keys", |v, n| v.word(n, "turned or kept"))?
+                    .unwrap_or_default(),
             },
             "abf" => RopeTerm::Abf {
                 base: values.number("base", 1.0)?,
@@ -379,9 +396,15 @@ impl fmt::Display for RopeTerm {
         let text = |value: &Option<usize>| value.map(|value| value.to_string());
         match self {
             RopeTerm::Default => {}
-            RopeTerm::Linear { factor }
-            | RopeTerm::Ntk { factor }
-            | RopeTerm::Dynamic { factor } => values.push(factor.to_string()),
+            RopeTerm::Linear { factor } | RopeTerm::Ntk { factor } => {
+                values.push(factor.to_string())
+            }
+            RopeTerm::Dynamic { factor, keys } => {
+                values.push(factor.to_string());
+                if *keys != CachedKeys::default() {
+                    values.push(format!("keys={}", word(keys)));
+                }
+            }
             RopeTerm::Power { exponent } => values.push(exponent.to_string()),
             RopeTerm::Truncated { tokens } => values.push(tokens.to_string()),
             RopeTerm::Randomised { eps } => values.push(eps.to_string()),
@@ -576,7 +599,10 @@ impl RopeOverride {
                     continue;
                 }
                 RopeTerm::Ntk { factor } => RopeScaling::Ntk { factor: *factor },
-                RopeTerm::Dynamic { factor } => RopeScaling::Dynamic { factor: *factor },
+                RopeTerm::Dynamic { factor, keys } => {
+                    basis.keeps_keys = *keys == CachedKeys::Kept;
+                    RopeScaling::Dynamic { factor: *factor }
+                }
                 RopeTerm::Yarn {
                     factor,
                     original,

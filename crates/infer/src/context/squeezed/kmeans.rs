@@ -1,10 +1,8 @@
 //! Spherical k-means of keys, as Squeezed Attention uses it: Lloyd's rule on normalised vectors
 //! with plain means as centres, k-means++ to start.
 
-use longspan_kernels::block_scores::Panels;
+use longspan_kernels::centroids::{Panels, nearest, nearest_naive};
 
-/// Points compared with all centres at a time.
-const ROWS: usize = 16;
 /// f32 scores of unit vectors this close together are compared again in f64.
 const CLOSE: f32 = 1e-5;
 
@@ -66,54 +64,11 @@ pub fn first_centres(points: &[f64], dim: usize, k: usize, seed: u64) -> Vec<f64
 /// Lloyd's rule from `centres` [k, dim] until no label changes, at most `iterations` times. Ties
 /// go to the lower centre; a centre without members stays. Returns the labels.
 pub fn lloyd(points: &[f64], dim: usize, mut centres: Vec<f64>, iterations: usize) -> Vec<u32> {
-    let count = points.len() / dim;
-    let k = centres.len() / dim;
-    let mut labels = vec![u32::MAX; count];
     let single: Vec<f32> = points.iter().map(|&x| x as f32).collect();
-    let mut products = Vec::new();
+    let k = centres.len() / dim;
+    let mut labels = vec![u32::MAX; points.len() / dim];
     for _ in 0..iterations.max(1) {
-        // |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest.
-        let halves: Vec<f64> = centres
-            .chunks_exact(dim)
-            .map(|c| c.iter().map(|x| x * x).sum::<f64>() / 2.0)
-            .collect();
-        let halves_single: Vec<f32> = halves.iter().map(|&x| x as f32).collect();
-        let exact = |point: &[f64], centre: usize| -> f64 {
-            let centre_row = &centres[centre * dim..(centre + 1) * dim];
-            let product: f64 = point.iter().zip(centre_row).map(|(a, b)| a * b).sum();
-            product - halves[centre]
-        };
-        let rows: Vec<f32> = centres.iter().map(|&x| x as f32).collect();
-        let panels = Panels::new(&rows, dim);
-        let mut changed = false;
-        for first in (0..count).step_by(ROWS) {
-            let rows = ROWS.min(count - first);
-            let stride = panels.products(&single[first * dim..(first + rows) * dim], &mut products);
-            for row in 0..rows {
-                let scores = &mut products[row * stride..][..k];
-                let mut best = f32::NEG_INFINITY;
-                for (score, half) in scores.iter_mut().zip(&halves_single) {
-                    *score -= half;
-                    best = if *score > best { *score } else { best };
-                }
-                let point = &points[(first + row) * dim..(first + row + 1) * dim];
-                let mut close = (0..k).filter(|&c| scores[c] >= best - CLOSE);
-                let mut label = close.next().expect("the best itself is close");
-                let mut score = None;
-                for centre in close {
-                    let (now, other) = (
-                        *score.get_or_insert_with(|| exact(point, label)),
-                        exact(point, centre),
-                    );
-                    if other > now {
-                        (label, score) = (centre, Some(other));
-                    }
-                }
-                changed |= labels[first + row] != label as u32;
-                labels[first + row] = label as u32;
-            }
-        }
-        if !changed {
+        if !assign(points, &single, dim, &centres, &mut labels) {
             break;
         }
         let (mut sums, mut counts) = (vec![0f64; k * dim], vec![0usize; k]);
@@ -129,6 +84,97 @@ pub fn lloyd(points: &[f64], dim: usize, mut centres: Vec<f64>, iterations: usiz
         }
     }
     labels
+}
+
+/// Labels points with their nearest centres; true if a label changed. `single`: the points in f32.
+fn assign(points: &[f64], single: &[f32], dim: usize, centres: &[f64], labels: &mut [u32]) -> bool {
+    let halves = |c: &[f64]| c.iter().map(|x| x * x).sum::<f64>() as f32 / 2.0;
+    let halves: Vec<f32> = centres.chunks_exact(dim).map(halves).collect();
+    let rows: Vec<f32> = centres.iter().map(|&x| x as f32).collect();
+    let found = nearest(&Panels::new(&rows, dim), &halves, single, CLOSE);
+    let mut changed = false;
+    for ((index, (mut label, close)), old) in found.into_iter().enumerate().zip(labels) {
+        if close {
+            label = nearest_naive(centres, &points[index * dim..(index + 1) * dim], dim)[0];
+        }
+        changed |= *old != label;
+        *old = label;
+    }
+    changed
+}
+
+/// Groups that a split makes at most.
+const BRANCHES: usize = 32;
+/// Points per group that a split looks at to place its centres, and its rounds.
+const SAMPLE: usize = 64;
+const ROUNDS: usize = 10;
+
+/// About `k` clusters of points [count, dim] at a cost that grows with count log count: where there are more than
+/// twice `leaf` points, they are first split by direction, into groups of about `leaf` (by steps of at
+/// most 32), and each group gets its share of the clusters. `leaf` 0: never, which is k-means of all points at once.
+/// Returns the labels and the number of clusters, which shares that are rounded up may raise.
+pub fn cluster(
+    points: &[f64],
+    dim: usize,
+    k: usize,
+    seed: u64,
+    iterations: usize,
+    leaf: usize,
+) -> (Vec<u32>, usize) {
+    let count = points.len() / dim;
+    if leaf == 0 || count <= 2 * leaf || k <= 1 {
+        let first = first_centres(points, dim, k, seed);
+        return (lloyd(points, dim, first, iterations), k);
+    }
+    let branches = count.div_ceil(leaf).min(BRANCHES);
+    let step = (count / (branches * SAMPLE)).max(1);
+    let sample: Vec<f64> = points
+        .chunks_exact(dim)
+        .step_by(step)
+        .flatten()
+        .copied()
+        .collect();
+    let first = first_centres(&sample, dim, branches, seed);
+    let of_sample = lloyd(&sample, dim, first, ROUNDS);
+    let rows: Vec<f32> = sample.iter().map(|&x| x as f32).collect();
+    let (centres, _) = means(&rows, dim, &of_sample, branches);
+    let centres: Vec<f64> = centres.into_iter().map(f64::from).collect();
+    let single: Vec<f32> = points.iter().map(|&x| x as f32).collect();
+    let mut groups = vec![0u32; count];
+    assign(points, &single, dim, &centres, &mut groups);
+    drop(single);
+
+    let mut members: Vec<Vec<u32>> = vec![Vec::new(); branches];
+    for (point, &group) in groups.iter().enumerate() {
+        members[group as usize].push(point as u32);
+    }
+    // Nearly all in one group: directions do not tell these points apart, and splitting on would not end.
+    let most = count - count / 8;
+    let members: Vec<&[u32]> = members
+        .iter()
+        .flat_map(|members| {
+            let size = if members.len() > most { leaf } else { count };
+            members.chunks(size)
+        })
+        .collect();
+    let (mut labels, mut total, mut passed) = (groups, 0, 0);
+    let share = |passed: usize| (k as f64 * passed as f64 / count as f64).round() as usize;
+    for members in members {
+        let wanted = share(passed + members.len()) - share(passed);
+        passed += members.len();
+        let points: Vec<f64> = members
+            .iter()
+            .flat_map(|&point| &points[point as usize * dim..(point as usize + 1) * dim])
+            .copied()
+            .collect();
+        let wanted = wanted.clamp(1, members.len());
+        let (inner, k) = cluster(&points, dim, wanted, seed, iterations, leaf);
+        for (&point, label) in members.iter().zip(inner) {
+            labels[point as usize] = total as u32 + label;
+        }
+        total += k;
+    }
+    (labels, total)
 }
 
 /// Mean of the raw vectors of each cluster [k, dim] (zeros for an empty one), and its size.
@@ -170,5 +216,32 @@ mod tests {
         }
         let (_, counts) = means(&rows, dim, &labels, bunches);
         assert_eq!(counts, vec![100.0; bunches]);
+    }
+    #[test]
+    fn groups_share_the_clusters_and_separate_bunches_stay_whole() {
+        let (dim, bunches, count) = (8, 8, 3000);
+        let points: Vec<f64> = (0..count)
+            .flat_map(|i| {
+                (0..dim).map(move |d| {
+                    let noise = ((i * 31 + d * 17) % 23) as f64 / 2300.0;
+                    if d == i % bunches { 1.0 } else { noise }
+                })
+            })
+            .collect();
+        let (labels, k) = cluster(&points, dim, 60, 0, 300, 100);
+        assert!((60..=60 + bunches).contains(&k), "{k} clusters");
+        assert!(labels.iter().all(|&label| (label as usize) < k));
+        // No cluster spans two bunches.
+        let mut bunch_of = vec![None; k];
+        for (i, &label) in labels.iter().enumerate() {
+            let bunch = *bunch_of[label as usize].get_or_insert(i % bunches);
+            assert_eq!(bunch, i % bunches, "cluster {label}");
+        }
+        // As many clusters as points: each has its own; equal points too are told apart in number only.
+        let (labels, k) = cluster(&points[..400 * dim], dim, 400, 0, 1, 64);
+        assert!(k >= 400 && labels.iter().all(|&label| (label as usize) < k));
+        let equal = vec![0.5; 500 * dim];
+        let (labels, k) = cluster(&equal, dim, 25, 0, 300, 50);
+        assert!(k >= 25 && labels.len() == 500);
     }
 }

@@ -1,6 +1,6 @@
 //! The index of a sealed prefix as bytes, for saved sessions.
 
-use super::{Cached, Clusters, Index, Squeezed};
+use super::{Cached, Clusters, Index, Squeezed, Thresholds};
 use crate::context::{read_lists, write_lists};
 use crate::wire::{read_f32s, read_u64, write_f32s, write_u64};
 use std::io::{self, Read, Write};
@@ -27,8 +27,10 @@ pub(super) fn save(policy: &Squeezed, out: &mut dyn Write) -> io::Result<()> {
     write_u64(out, index.prefix)?;
     write_u64(out, index.sinks)?;
     write_u64(out, index.clustered)?;
-    let thresholds = std::iter::once(index.threshold).chain(index.coarse_threshold);
-    write_f32s(out, &thresholds.collect::<Vec<_>>())?;
+    let levels = [index.thresholds, index.shared];
+    let thresholds = levels.map(|t| std::iter::once(t.fine).chain(t.coarse));
+    write_f32s(out, &thresholds.into_iter().flatten().collect::<Vec<_>>())?;
+    write_u64(out, u64::from(index.exact))?;
     write_u64(out, index.clusters.len() as u64)?;
     for layer in &index.clusters {
         write_u64(out, layer.len() as u64)?;
@@ -67,12 +69,19 @@ pub(super) fn load(policy: &mut Squeezed, input: &mut dyn Read) -> io::Result<()
     let (prefix, sinks, clustered) = (read_u64(input)?, read_u64(input)?, read_u64(input)?);
     let thresholds = read_f32s(input)?;
     let levels = 1 + usize::from(policy.config.lower.is_some());
-    if clustered > prefix || sinks > clustered || thresholds.len() != levels {
+    if clustered > prefix || sinks > clustered || thresholds.len() != 2 * levels {
         return Err(wrong(&format!(
-            "{clustered} of {prefix} tokens are clustered on {} levels, expected {levels}",
-            thresholds.len()
+            "{clustered} of {prefix} tokens are clustered with {} thresholds, expected {}",
+            thresholds.len(),
+            2 * levels
         )));
     }
+    let of = |values: &[f32]| Thresholds {
+        fine: values[0],
+        coarse: values.get(1).copied(),
+    };
+    // As they were compared when they were made.
+    let exact = read_u64(input)? == 1;
     let mut layers = Vec::new();
     for _ in 0..read_u64(input)? {
         let mut layer = Vec::new();
@@ -101,7 +110,7 @@ pub(super) fn load(policy: &mut Squeezed, input: &mut dyn Read) -> io::Result<()
                     "{count} clusters in {coarse} coarse ones do not fit {clustered} tokens"
                 )));
             }
-            layer.push(clusters.with_panels(dim));
+            layer.push(clusters.with_panels(dim, exact));
         }
         layers.push(layer);
     }
@@ -121,8 +130,9 @@ pub(super) fn load(policy: &mut Squeezed, input: &mut dyn Read) -> io::Result<()
         prefix,
         sinks,
         clustered,
-        threshold: thresholds[0],
-        coarse_threshold: thresholds.get(1).copied(),
+        thresholds: of(&thresholds[..levels]),
+        shared: of(&thresholds[levels..]),
+        exact,
         clusters: layers,
     }));
     Ok(())

@@ -11,7 +11,7 @@ use crate::weights::{Fingerprint, MatrixData, WeightSource, WeightsError, missin
 
 /// The tensors of a [`Gguf`] under canonical names.
 ///
-/// Files of architecture `llama` and `smollm3` keep query and key rows of a head interleaved, row
+/// Files of architecture `llama`, `smollm3` and `baichuan` keep query and key rows of a head interleaved, row
 /// `2 i + j` holding what Hugging Face keeps in row `j * rotated / 2 + i`, so that rotation works
 /// on neighbours. [`WeightSource::matrix`] and [`WeightSource::vector`] put them back.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl GgufWeights {
             }
         }
         let interleaved = match gguf.architecture()? {
-            "llama" | "smollm3" => Some(Interleaved {
+            "llama" | "smollm3" | "baichuan" => Some(Interleaved {
                 num_heads: config.num_heads,
                 num_kv_heads: config.num_kv_heads,
                 rotated: config.rotary_dim(),
