@@ -45,6 +45,14 @@ reply = client.chat.completions.create(
 listed = reply.choices[0].logprobs.content
 check("log probabilities", len(listed) >= 7 and all(len(t.top_logprobs) == 3 and t.logprob <= 0 for t in listed))
 
+written = b"".join(bytes(t.bytes) for t in listed).decode(errors="replace")
+check("their bytes are the text", written.removeprefix(" ") == reply.choices[0].message.content.removeprefix(" "))
+
+info = client.models.retrieve(model)
+for name in info.aliases or [model]:
+    same = client.chat.completions.create(model=name, messages=ask, max_tokens=2, temperature=0)
+    check("another name of the model", same.model == model, name)
+
 reply = client.chat.completions.create(model=model, messages=ask, max_tokens=8, n=2, temperature=1, seed=7)
 again = client.chat.completions.create(model=model, messages=ask, max_tokens=8, n=2, temperature=1, seed=7)
 texts = [c.message.content for c in reply.choices]

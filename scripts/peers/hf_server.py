@@ -3,12 +3,15 @@
 
     hf_server.py MODEL.gguf [--port 8899] [--threads 2] [--dtype float32|bfloat16]
 
-Serves /v1/models, /v1/chat/completions and /v1/completions on the loopback address: greedy decoding only, no streaming,
-one request at a time. Weights are the file's, dequantised. Prompts are cut into tokens by the file's own tokenizer;
-chats by its own template. Then, for example
+Serves /v1/models, /v1/chat/completions, /v1/completions (with `echo`: log-probabilities of the prompt's tokens) and
+/tokenize on the loopback address: greedy decoding only, no streaming, one request at a time. Weights are the file's,
+dequantised. Prompts are cut into tokens by the file's own tokenizer; chats by its own template. Since the server counts
+tokens, lengths mean the same there and here. Then, for example
 
-    longspan eval ruler/niah_single_1 needle --lengths 2k --samples 20 --endpoint http://127.0.0.1:8899/v1 \\
-        --model MODEL.gguf --concurrency 1 --out runs/transformers
+    longspan eval ruler/niah_single_1 passkey --lengths 1k --samples 20 --endpoint http://127.0.0.1:8899/v1 \\
+        --completions --concurrency 1 --out runs/transformers
+    longspan eval ruler/niah_single_1 passkey --lengths 1k --samples 20 --model MODEL.gguf --chat never --out runs/longspan
+    longspan compare runs/transformers runs/longspan
 """
 
 import argparse
@@ -29,6 +32,25 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         self.model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, attn_implementation="sdpa").eval()
+
+    @torch.no_grad()
+    def echo(self, ids):
+        """Log-probability of each token given those before it; None for the first. Logits exist for 256 tokens at a time."""
+        cache, all = None, [None]
+        for at in range(0, len(ids), 256):
+            piece = ids[at : at + 256]
+            reply = self.model(torch.tensor([piece]), past_key_values=cache, use_cache=True)
+            cache = reply.past_key_values
+            rows = torch.log_softmax(reply.logits[0].float(), -1)
+            wanted = ids[at + 1 : at + 1 + len(piece)]
+            all += rows[torch.arange(len(wanted)), torch.tensor(wanted, dtype=torch.long)].tolist()
+        return all
+
+    def offsets(self, text, ids):
+        """Where each token begins in `text`, in characters."""
+        found = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        extra = len(ids) - len(found["input_ids"])
+        return [0] * extra + [begin for begin, _ in found["offset_mapping"]]
 
     @torch.no_grad()
     def answer(self, ids, limit, stop):
@@ -68,12 +90,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def echo(self, text, ids):
+        offsets = self.model.offsets(text, ids)
+        ends = offsets[1:] + [len(text)]
+        logprobs = {"tokens": [text[a:b] for a, b in zip(offsets, ends)], "token_logprobs": self.model.echo(ids),
+                    "text_offset": offsets, "top_logprobs": None}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
+        self.send(200, {"id": f"hf-{time.time_ns()}", "object": "text_completion", "created": int(time.time()),
+                        "model": self.model.name, "usage": usage,
+                        "choices": [{"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs}]})
+
     def do_GET(self):
-        self.send(200, {"object": "list", "data": [{"id": self.model.name, "object": "model"}]})
+        self.send(200, {"object": "list", "data": [{
+            "id": self.model.name, "object": "model", "abilities": ["chat", "complete", "echo", "tokenize"]}]})
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         tokenizer = self.model.tokenizer
+        if self.path == "/tokenize":
+            special = request.get("add_special_tokens", True)
+            count = lambda text: len(tokenizer(text, add_special_tokens=special)["input_ids"])
+            if request.get("prompts") is not None:
+                counts = [count(text) for text in request["prompts"]]
+                return self.send(200, {"count": sum(counts), "counts": counts, "tokens": []})
+            if request.get("messages"):
+                ids = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
+                return self.send(200, {"count": len(ids), "tokens": list(ids)})
+            ids = tokenizer(request["prompt"], add_special_tokens=special)["input_ids"]
+            return self.send(200, {"count": len(ids), "tokens": list(ids)})
         chat = self.path.endswith("/chat/completions")
         if chat:
             ids = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -83,6 +127,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(404, {"error": {"message": f"no {self.path} here", "type": "not_found"}})
         if request.get("temperature", 0) != 0 or request.get("stream"):
             return self.send(400, {"error": {"message": "temperature 0 and no streaming only", "type": "invalid_request_error"}})
+        if request.get("echo"):
+            return self.echo(request["prompt"], list(ids))
         limit = request.get("max_tokens") or request.get("max_completion_tokens") or 128
         stop = request.get("stop") or []
         text, count, reason = self.model.answer(list(ids), limit, [stop] if isinstance(stop, str) else stop)

@@ -12,7 +12,7 @@ use longspan_agents::chat::layers::{
     CacheMode, CacheStore, Layers, Retry, Retrying, TraceWriter, read_trace, summarize_trace,
 };
 use longspan_agents::chat::local_chat::LocalChat;
-use longspan_agents::chat::model::{Call, ChatError, ChatModel, Request};
+use longspan_agents::chat::model::{Call, ChatError, ChatModel, Request, TokenCount};
 use longspan_agents::chat::openai::{OpenAiConfig, OpenAiModel};
 use longspan_agents::chat::scripted::Scripted;
 use longspan_infer::{Engine, EngineOptions};
@@ -95,6 +95,86 @@ fn an_endpoint_keeps_the_laws() {
             agree(&model, &client, &probe).unwrap();
         }
     }
+}
+
+#[test]
+fn a_servers_own_count_is_taken_where_it_has_one() {
+    let texts = ["One two three.", "", "Four, and a longer word: lighthouse."];
+    let sum = |model: &Arc<dyn ChatModel>| -> Vec<usize> {
+        let counts = model.count_texts(&texts).unwrap();
+        assert!(counts.iter().all(|count| count.exact));
+        counts.iter().map(|count| count.tokens).collect()
+    };
+    // One of our make counts many texts in one exchange.
+    let model = local();
+    let server = Server::start(Arc::clone(&model));
+    let client = endpoint(&server, |_| {});
+    assert_eq!(sum(&client), sum(&model));
+    assert_eq!(
+        client.count_text(texts[2]).unwrap(),
+        model.count_text(texts[2]).unwrap()
+    );
+    // Layers hand it on.
+    let layered = Layers {
+        retry: Some(Retry::default()),
+        ..Layers::default()
+    };
+    assert_eq!(sum(&layered.wrap(Arc::clone(&client))), sum(&model));
+    // Servers of other makes have a route for one text, or none.
+    let answer = |reply: &'static str| {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/v1", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let _ = other_make(stream, reply);
+            }
+        });
+        let model = OpenAiModel::new(OpenAiConfig::new(&url, "m")).unwrap();
+        model.connect(&Call::default()).unwrap()
+    };
+    for reply in [
+        r#"{"count": 7, "tokens": [1], "max_model_len": 9}"#,
+        r#"{"tokens": [1,2,3,4,5,6,7]}"#,
+    ] {
+        let count = answer(reply).count_text("some words").unwrap();
+        assert_eq!((count.tokens, count.exact), (7, true), "{reply}");
+    }
+    let model = answer("");
+    let count = model.count_text("some words").unwrap();
+    assert_eq!(
+        (count, count.exact),
+        (TokenCount::estimate("some words"), false)
+    );
+}
+
+/// A server that lists a model without abilities, and answers its tokenize route with this; 404 if that is empty.
+fn other_make(mut stream: std::net::TcpStream, reply: &str) -> std::io::Result<()> {
+    use std::io::{BufRead, BufReader, Read, Write};
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let (mut first, mut length) = (String::new(), 0);
+    reader.read_line(&mut first)?;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap_or(0);
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    let (status, body) = match first.split(' ').nth(1) {
+        Some("/v1/models") => (200, r#"{"data": [{"id": "m", "object": "model"}]}"#),
+        Some("/tokenize") if !reply.is_empty() => (200, reply),
+        _ => (404, "{}"),
+    };
+    write!(
+        stream,
+        "HTTP/1.1 {status} x\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 #[test]

@@ -3,7 +3,6 @@
 use longspan_agents::chat::layers::{CacheMode, CacheStore, Cached};
 use longspan_agents::chat::model::{Call, ChatError, ChatModel, Request};
 use longspan_agents::chat::scripted::Scripted;
-use longspan_agents::workflow::Silent;
 use longspan_agents::workflow::agent_write::{
     AgentWrite, AgentWriteConfig, Step, count_words, write_prompt,
 };
@@ -13,6 +12,7 @@ use longspan_agents::workflow::chain::{
 };
 use longspan_agents::workflow::summary::{self, Kind, SummaryConfig, Utterance};
 use longspan_agents::workflow::xl3m::{self, Xl3mConfig};
+use longspan_agents::workflow::{Observer, Silent};
 use longspan_infer::key_context::Distribution;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -278,6 +278,127 @@ fn long_notes_are_shortened_and_rejections_do_not_spread() {
         notes.split_whitespace().count() <= 20 && notes.contains(" ... "),
         "{notes}"
     );
+}
+
+#[test]
+fn chunks_are_read_ahead_where_the_model_can() {
+    let (text, query) = (text(3), "Where does N0 lead in 3 steps?");
+    let run = |model: &Scripted, order: ReadOrder| {
+        let config = ChainConfig { order, ..config() };
+        let chain = Chain::new(model, config);
+        chain
+            .run(&text, query, &Call::default(), &mut Silent)
+            .unwrap()
+    };
+    for order in [ReadOrder::Ltr, ReadOrder::Rtl] {
+        let (plain, ahead) = (reader(true), reader(true).reads_ahead());
+        let (a, b) = (run(&plain, order), run(&ahead, order));
+        assert_eq!((a.answer, &a.paths), (b.answer, &b.paths));
+        assert!(plain.prepared().is_empty());
+        // Every chunk but the first of each chain, in order, as its worker's prompt begins.
+        let begun: Vec<String> = ahead.prepared().iter().map(|input| input.plain()).collect();
+        let workers: Vec<String> = ahead
+            .requests()
+            .iter()
+            .map(|request| request.input.plain())
+            .filter(|prompt| prompt.contains("Read the source text"))
+            .collect();
+        assert_eq!(begun.len() + b.paths.len(), workers.len());
+        let mut next = begun.iter();
+        for (index, prompt) in workers.iter().enumerate() {
+            if index % b.chunks > 0 {
+                assert!(prompt.starts_with(next.next().unwrap()), "worker {index}");
+            }
+        }
+    }
+}
+
+/// Notes what streams.
+#[derive(Default)]
+struct Stream(Vec<String>);
+
+impl Observer for Stream {
+    fn text(&mut self, piece: &str) {
+        self.0.push(piece.into());
+    }
+}
+
+#[test]
+fn the_managers_answer_streams_unless_it_may_be_tried_again() {
+    let long = "a b c d e f g h i j k l m n o p q r s t u v w x y z ".repeat(3);
+    let run = |answer: &str, config: ChainConfig| {
+        let answer = answer.to_string();
+        let model = Scripted::new(move |request| {
+            Ok(match request.input.plain().contains("was summarised") {
+                true => answer.clone(),
+                false => "evidence".into(),
+            })
+        });
+        let mut stream = Stream::default();
+        let found = Chain::new(&model, config)
+            .run(&filler(90), "What?", &Call::default(), &mut stream)
+            .unwrap();
+        (found, stream.0)
+    };
+    let config = ChainConfig {
+        max_output: 100,
+        ..config()
+    };
+    // Past the words that a rejection may have, word by word.
+    let (found, pieces) = run(&long, config.clone());
+    assert_eq!(pieces.concat(), long);
+    assert!(
+        pieces.len() > 30 && pieces[0].split_whitespace().count() == 41,
+        "{pieces:?}"
+    );
+    assert_eq!(found.answer, long.trim());
+    // A short answer at once when it is whole.
+    let (_, pieces) = run("In the harbour.", config.clone());
+    assert_eq!(pieces, ["In the harbour."]);
+    // What is tried again is not shown.
+    let (found, pieces) = run("The text does not mention it.", config.clone());
+    assert!(pieces.is_empty() && found.paths.len() == 2, "{pieces:?}");
+    let unguarded = ChainConfig {
+        guard: false,
+        ..config.clone()
+    };
+    assert_eq!(run("I do not know", unguarded).1.len(), 4);
+    // Of several chains nobody knows yet whose answer stands.
+    let several = ChainConfig {
+        paths: Paths::Bidir,
+        ..config
+    };
+    assert!(run(&long, several).1.is_empty());
+}
+
+#[test]
+fn the_oracle_and_the_loss_are_those_of_the_scores() {
+    let found = Chain::new(
+        &reader(true),
+        ChainConfig {
+            paths: Paths::Bidir,
+            ..config()
+        },
+    )
+    .run(
+        &reversed(2),
+        "Where does N0 lead in 2 steps?",
+        &Call::default(),
+        &mut Silent,
+    )
+    .unwrap();
+    let score = |text: &str| {
+        f64::from(u8::from(text == "N2")) + f64::from(u8::from(text.contains("N1 -> N2"))) / 2.0
+    };
+    // Hops stand backwards, so that only the chain that reads backwards answers.
+    assert_eq!(found.oracle(&score), 1);
+    assert_eq!(found.oracle(&|_| 0.0), 0);
+    let lost = |chosen: usize| {
+        let mut found = found.clone();
+        found.chosen = chosen;
+        found.information_loss(&|text: &str| f64::from(u8::from(text.contains("N1"))))
+    };
+    assert_eq!(lost(1), 1.0);
 }
 
 #[test]

@@ -40,6 +40,7 @@ impl Cache {
         let work = match &sample.work {
             Work::Generate(decode) => serde_json::to_string(decode),
             Work::Likelihood { protocol, tokens } => serde_json::to_string(&(protocol, tokens)),
+            Work::Search { documents } => serde_json::to_string(documents.digest()),
         };
         add(&work.unwrap_or_default());
         add(&format!("{:?} {seed}", sample.prompt.truncation));

@@ -1,6 +1,7 @@
 //! All tasks, by name.
 
-use crate::bench;
+use crate::bench::{self, file_task::FileTask};
+use crate::cell::{RunFolder, write_file};
 use crate::error::{EvalError, Result};
 use crate::task::Task;
 use std::sync::Arc;
@@ -8,6 +9,8 @@ use std::sync::Arc;
 /// The tasks that exist. A name is a task (`ruler/vt`) or a benchmark (`ruler`).
 pub struct Registry {
     tasks: Vec<Arc<dyn Task>>,
+    /// Those that files describe.
+    own: Vec<Arc<FileTask>>,
 }
 
 impl Default for Registry {
@@ -21,15 +24,69 @@ impl Default for Registry {
         tasks.push(bench::altered::AlteredQa::task());
         tasks.extend(bench::longbench::tasks());
         tasks.extend(bench::leval::tasks());
+        tasks.push(bench::leval::judged::task());
         tasks.extend(bench::m4le::tasks());
         tasks.extend(bench::longicl::tasks());
         tasks.extend(bench::longsafety::tasks());
         tasks.extend(bench::longbench_write::tasks());
-        Registry { tasks }
+        tasks.extend(bench::loco::tasks());
+        Registry {
+            tasks,
+            own: Vec::new(),
+        }
     }
 }
 
 impl Registry {
+    /// Adds a task that a file describes. The same file twice is one task.
+    ///
+    /// # Errors
+    /// A name that another task has.
+    pub fn add(&mut self, task: Arc<FileTask>) -> Result<()> {
+        let id = &task.meta().id;
+        if self.own.iter().any(|known| known.text() == task.text()) {
+            return Ok(());
+        }
+        if self.task(id).is_ok() || self.select(id).is_ok() {
+            return Err(EvalError::Input(format!(
+                "there is another task {id:?}; give one of the two another id"
+            )));
+        }
+        self.tasks.push(Arc::clone(&task) as Arc<dyn Task>);
+        self.own.push(task);
+        Ok(())
+    }
+
+    /// Adds the tasks that a run's folder keeps.
+    ///
+    /// # Errors
+    /// Files that cannot be read, or as [`Registry::add`].
+    pub fn add_run(&mut self, folder: &RunFolder) -> Result<()> {
+        for task in bench::file_task::of_folder(folder.path())? {
+            self.add(task)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the file of each of these tasks that has one in a run's folder, so that its replies can be scored later.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    pub fn keep(&self, folder: &RunFolder, tasks: &[Arc<dyn Task>]) -> Result<()> {
+        for own in &self.own {
+            let id = &own.meta().id;
+            if tasks.iter().any(|task| task.meta().id == *id) {
+                let path = folder.path().join("tasks");
+                std::fs::create_dir_all(&path).map_err(EvalError::io(&path))?;
+                write_file(
+                    &path.join(format!("{}.toml", id.replace('/', "_"))),
+                    own.text(),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
     /// All tasks, in listing order.
     pub fn tasks(&self) -> &[Arc<dyn Task>] {
         &self.tasks

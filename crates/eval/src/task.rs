@@ -173,6 +173,9 @@ pub struct Decode {
     pub stop: Vec<String>,
 }
 
+/// Tokens that [`Protocol::Recent`] scores in one window.
+pub const GROUP: usize = 64;
+
 /// How a text's likelihood is taken (paper 58).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "protocol")]
@@ -189,8 +192,58 @@ pub enum Protocol {
         /// Tokens of a window.
         window: usize,
     },
+    /// P6: the last `scored` tokens of the text, with the `context` tokens before each group of [`GROUP`] of them.
+    Recent {
+        /// Tokens before a group.
+        context: usize,
+        /// Tokens scored at the text's end.
+        scored: usize,
+    },
     /// P4, and P5 under a policy that forgets: one pass over the text under the target's policy.
     Position,
+}
+
+/// Documents that are searched, shared by the queries of a cell.
+#[derive(Clone)]
+pub struct Documents {
+    /// In their order.
+    pub list: Arc<Vec<crate::bench::loco::Document>>,
+    digest: String,
+}
+
+impl Documents {
+    /// Documents that are told apart by their content.
+    pub fn new(list: Vec<crate::bench::loco::Document>) -> Documents {
+        let mut hash = blake3::Hasher::new();
+        for document in &list {
+            for part in [&document.pid, &document.passage] {
+                hash.update(&(part.len() as u64).to_le_bytes());
+                hash.update(part.as_bytes());
+            }
+        }
+        Documents {
+            list: Arc::new(list),
+            digest: hash.finalize().to_hex()[..32].to_string(),
+        }
+    }
+
+    /// Hash of the content.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+}
+
+// Part of a sample's id: the content's hash stands for it.
+impl std::fmt::Debug for Documents {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Documents({})", self.digest)
+    }
+}
+
+impl PartialEq for Documents {
+    fn eq(&self, other: &Self) -> bool {
+        self.digest == other.digest
+    }
 }
 
 /// What the target is to do with a prompt.
@@ -204,6 +257,11 @@ pub enum Work {
         protocol: Protocol,
         /// Tokens of the text that are used.
         tokens: usize,
+    },
+    /// Rank documents for the prompt's text; the reply is a JSON list of ids, best first.
+    Search {
+        /// Among which.
+        documents: Documents,
     },
 }
 

@@ -1,9 +1,12 @@
 //! Data-set benchmarks over the samples that ship and over scripted judges: reading, prompts, judging and resuming, and
 //! that right answers score the maximum of every task.
 
+mod fields;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use fields::text;
 use longspan_eval::bench::dataset::Source;
 use longspan_eval::bench::judge::{Cached, Judge, Retry};
 use longspan_eval::bench::{leval, loco, longbench, longbench_write, longicl, longsafety, m4le};
@@ -12,12 +15,6 @@ use longspan_eval::metric::panel::Parse;
 use longspan_eval::task::{Prediction, SampleCx, Segment, Task, Work};
 use longspan_eval::{EvalError, Result};
 use serde_json::{Value, json};
-
-fn text<'a>(row: &'a Value, key: &str) -> &'a str {
-    row[key]
-        .as_str()
-        .unwrap_or_else(|| panic!("no text `{key}` in {row}"))
-}
 
 fn fixtures(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -528,6 +525,14 @@ fn data_is_read_from_folders_files_and_zips() {
     let file = folder.path().join("rows.json");
     std::fs::write(&file, format!("[{},{}]", row("a"), row("b"))).unwrap();
     assert_eq!(Source::Path(&file).rows(&[]).unwrap().len(), 2);
+    // Published in a folder below.
+    let below = folder.path().join("below/classification");
+    std::fs::create_dir_all(&below).unwrap();
+    std::fs::write(below.join("trec.jsonl"), &text).unwrap();
+    let name = ["trec.jsonl".to_string()];
+    let source = folder.path().join("below");
+    assert!(Source::Path(&source).has(&name));
+    assert_eq!(Source::Path(&source).rows(&name).unwrap().len(), 2);
     let broken = folder.path().join("qasper.jsonl");
     std::fs::write(&broken, format!("{}\n{{\"input\": 5}}\n", row("a"))).unwrap();
     let task = longbench::tasks()

@@ -3,8 +3,11 @@
 #[path = "../../../tests/golden.rs"]
 mod golden;
 
+mod fields;
+
 use std::collections::BTreeMap;
 
+use fields::{close, number, text, texts};
 use longspan_eval::bench::longicl::{DataSet, extract, prompt, select};
 use longspan_eval::bench::{leval, longbench, longsafety, m4le};
 use longspan_eval::metric::exact_match;
@@ -12,29 +15,6 @@ use longspan_eval::metric::micro_f1::Counts;
 use longspan_eval::metric::qa_f1::qa_f1;
 use longspan_eval::metric::rouge::{RougeCompat, google_rouge};
 use serde_json::{Value, json};
-
-fn text<'a>(row: &'a Value, key: &str) -> &'a str {
-    row[key]
-        .as_str()
-        .unwrap_or_else(|| panic!("no text `{key}` in {row}"))
-}
-
-fn texts(value: &Value) -> Vec<String> {
-    serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("{value}: {e}"))
-}
-
-fn number(row: &Value, key: &str) -> f64 {
-    row[key]
-        .as_f64()
-        .unwrap_or_else(|| panic!("no number `{key}` in {row}"))
-}
-
-fn close(found: f64, expected: f64, row: &Value) {
-    assert!(
-        (found - expected).abs() <= 1e-9,
-        "{found}, not {expected}, for {row}"
-    );
-}
 
 const EXACT: RougeCompat = RougeCompat::Unlimited;
 

@@ -3,35 +3,18 @@
 #[path = "../../../tests/golden.rs"]
 mod golden;
 
+mod fields;
+
+use fields::{close, number, text, texts};
 use longspan_eval::metric::{
     bleu, effective_length, length_score, ndcg, pairwise, panel, segment, string_match,
 };
 use serde_json::Value;
 
-fn text<'a>(row: &'a Value, key: &str) -> &'a str {
-    row[key]
-        .as_str()
-        .unwrap_or_else(|| panic!("no text `{key}` in {row}"))
-}
-
-fn texts(value: &Value) -> Vec<String> {
-    serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("{value}: {e}"))
-}
-
-fn number(row: &Value, key: &str) -> f64 {
-    row[key]
-        .as_f64()
-        .unwrap_or_else(|| panic!("no number `{key}` in {row}"))
-}
-
 fn rows(value: &Value) -> &Vec<Value> {
     let list = value.as_array().unwrap_or_else(|| panic!("{value}"));
     assert!(!list.is_empty());
     list
-}
-
-fn close(found: f64, expected: f64, row: &Value) {
-    assert!((found - expected).abs() <= 1e-9, "{found} for {row}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod golden;
 
 use candle_core::{Device, Tensor};
 use longspan_eval::ppl::{self, by_position, figures, windows};
-use longspan_eval::task::{Likelihood, Protocol};
+use longspan_eval::task::{GROUP, Likelihood, Protocol};
 use longspan_infer::{Engine, EngineOptions};
 use longspan_kernels::attention::KvDtype;
 use longspan_nn::config::ModelConfig;
@@ -230,4 +230,37 @@ fn bos_gives_every_token_a_score_and_stops_are_noticed() {
         ppl::nll(&engine, &options("full"), &[], &tokens, tiny, &mut |_| true).is_ok(),
         "a stride beyond the window is cut to it"
     );
+}
+
+/// P6 with the whole text as context is one pass; with less it scores the same tokens, each after exactly as much.
+#[test]
+fn recent_tokens_are_the_same_ones_for_every_context() {
+    let case = &golden::cases_of("perplexity", "tiny_llama")[0];
+    let engine = engine(case);
+    let tokens = tokens(case);
+    let whole = nll(&engine, "full", &tokens, Protocol::Position);
+    let scored = 100;
+    let recent = |context| {
+        nll(
+            &engine,
+            "full",
+            &tokens,
+            Protocol::Recent { context, scored },
+        )
+    };
+    let all = recent(tokens.len());
+    let first = tokens.len() - scored;
+    assert!(all[..first].iter().all(Option::is_none));
+    for at in first..tokens.len() {
+        let (a, b) = (all[at].unwrap(), whole[at].unwrap());
+        assert!((a - b).abs() < 1e-4, "{at}: {a} {b}");
+    }
+    let short = recent(8);
+    assert!(short[first..].iter().all(Option::is_some));
+    // The first of a group has eight tokens before it: what a window of nine gives its last token.
+    let fixed = nll(&engine, "full", &tokens, Protocol::Fixed { window: 9 });
+    for at in [first, first + GROUP] {
+        let (a, b) = (short[at].unwrap(), fixed[at].unwrap());
+        assert!((a - b).abs() < 1e-4, "{at}: {a} {b}");
+    }
 }

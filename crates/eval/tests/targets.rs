@@ -253,6 +253,7 @@ fn endpoint(port: u16, tries: u32) -> Endpoint {
         timeout: Duration::from_secs(10),
         tries,
         pause: Duration::from_millis(2),
+        per_minute: None,
     };
     Endpoint::new(config, || false).unwrap()
 }
@@ -346,6 +347,7 @@ fn a_server_that_is_gone_is_unreachable_and_one_that_refuses_is_an_error() {
         timeout: Duration::from_secs(1),
         tries: 1,
         pause: Duration::ZERO,
+        per_minute: None,
     };
     assert!(Endpoint::new(bad, || false).is_err());
 }

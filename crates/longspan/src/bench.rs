@@ -32,6 +32,8 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
         Bench::Loss(args) => crate::probe::loss(args, common),
         Bench::FirstSentence(args) => crate::probe::first_sentence(args, common),
         Bench::KeyContext(args) => crate::probe::key_context(args, common),
+        Bench::Workflow(args) => crate::bench_workflow::run(args, common),
+        Bench::Rag(args) => crate::bench_rag::run(args, common),
         Bench::Parity { reference } => parity::run(reference, common),
         Bench::Passkey {
             length,

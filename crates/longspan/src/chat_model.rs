@@ -16,7 +16,7 @@ use longspan_agents::chat::openai::{OpenAiConfig, OpenAiModel};
 use longspan_agents::workflow::Observer;
 use longspan_infer::EngineOptions;
 use longspan_infer::context::ContextConfig;
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -185,12 +185,8 @@ impl Observer for Shown {
             return;
         }
         self.started = true;
-        let write = || {
-            let mut out = io::stdout().lock();
-            out.write_all(piece.as_bytes()).and_then(|()| out.flush())
-        };
         // A bar and a text on one terminal would overwrite each other.
-        let result = self.bar.suspend(write);
+        let result = self.bar.suspend(|| ui::write_out(piece));
         self.failure = result.err();
     }
 

@@ -72,8 +72,14 @@ Settings file (~/.config/longspan/config.toml):
     /// Talk with a model, line by line
     #[command(after_help = "Examples:
   longspan chat --model qwen2.5-coder-0.5b --context sinks
-  longspan chat --model qwen2.5-coder-0.5b --memory scm --memory-file friend.sqlite")]
+  longspan chat --model qwen2.5-coder-0.5b --memory scm --memory-file friend.sqlite
+  longspan chat --endpoint http://localhost:8080/v1 --memory scm")]
     Chat(Chat),
+    /// Look into the memory of a talk (`chat --memory scm`)
+    Memory {
+        #[command(subcommand)]
+        what: crate::memory_chat::Kept,
+    },
     /// Find passages in a folder by words and by meaning
     #[command(after_help = "Examples:
   longspan search notes/ \"how was the cache invalidated\"
@@ -132,15 +138,32 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 the endpoint does not answer, 130 i
     #[command(after_help = "Examples:
   longspan score runs/vt
   longspan score ruler --pred FOLDER")]
-    Score(crate::eval::Score),
+    Score(crate::scores::Score),
     /// Write the report of one or several runs: HTML, Markdown, JSON
     #[command(
         after_help = "Example: longspan report runs/a runs/b --out report --gate limits.toml"
     )]
-    Report(crate::eval::ReportArgs),
+    Report(crate::scores::ReportArgs),
+    /// Have stored answers judged by a model: safety, pairs of answers, quality of long texts
+    #[command(after_help = "Examples:
+  longspan judge safety runs/safety --data LongSafety --endpoint http://localhost:8000/v1 --endpoint-model NAME
+  longspan judge pairs runs/leval runs/baseline --model qwen2.5-coder-0.5b
+  longspan judge quality runs/write --script replies.jsonl
+
+Replies are kept beside the answers; the same command goes on where it stopped.")]
+    Judge {
+        #[command(subcommand)]
+        what: crate::judge::Judge,
+    },
+    /// Write a benchmark's samples as JSON lines, for other programs
+    #[command(after_help = "Examples:
+  longspan data ruler --lengths 4k,8k --samples 500 --model qwen2.5-coder-0.5b --out ruler
+  longspan data threading/single lines --out data
+  longspan data m4le --pool texts.jsonl --kind explicit-single --lengths 1000,2000 --out m4le")]
+    Data(crate::data::Data),
     /// Compare two runs, or the policies of one, on the same samples
     #[command(after_help = "Example: longspan compare runs/a runs/b --max-drop 0.02")]
-    Compare(crate::eval::Compare),
+    Compare(crate::scores::Compare),
     /// Train a model from a configuration; a run that was stopped goes on
     #[command(after_help = "Examples:
   longspan train examples/train-sort.toml
@@ -343,6 +366,8 @@ pub struct Chat {
     pub memory: crate::memory_chat::MemoryArgs,
     #[command(flatten)]
     pub sampling: Sampling,
+    #[command(flatten)]
+    pub chat_model: crate::chat_model::ChatModelArgs,
 }
 
 #[derive(Subcommand)]
@@ -399,6 +424,23 @@ A run that was stopped goes on with the same command.")]
         after_help = "Example: longspan bench decode prompts.jsonl --decode lookahead:decoding_length=16"
     )]
     Decode(crate::bench_decode::DecodeBench),
+    /// Chain of agents, retrieval, one truncated call, ... on the same documents of any length
+    #[command(after_help = "Examples:
+  longspan bench workflow needle longbench/hotpotqa m4le/newsqa --lengths 8k,16k --text book.txt --out runs/workflows
+  longspan bench workflow needle --lengths 50k --methods full,rag,chain --window 8k --endpoint http://localhost:8080/v1
+  longspan report runs/workflows
+
+Needle tasks make texts of the length; LongBench and M4LE rows are surrounded by other prose until they are as long.
+--out holds every answer; the same command goes on where it stopped.")]
+    Workflow(crate::bench_workflow::WorkflowBench),
+    /// How many passages, in which order, beside which wrong ones (Long-Context LLMs Meet RAG)
+    #[command(after_help = "Examples:
+  longspan bench rag --ks 1,5,10,20,40 --orders rank,ends --questions 20 --out runs/rag
+  longspan bench rag --ks 20 --negatives random,bm25,dense --orders random:1 --json
+
+Facts of invented places, each among passages that share its place or its kind; questions in other words.
+--out holds every answer; the same command goes on where it stopped.")]
+    Rag(crate::bench_rag::RagBench),
     /// Agreement with reference logits (see scripts/parity/reference.py)
     Parity {
         /// Safetensors with input_ids and logits, or input_ids and nll

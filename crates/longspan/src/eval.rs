@@ -1,25 +1,24 @@
-//! `longspan eval`, `score`, `report`, `compare`: benchmarks on a model, a policy or an endpoint,
-//! and what came of them.
+//! `longspan eval`: benchmarks on a model, several policies, an endpoint or a searcher.
 
 use crate::cli::Common;
 use crate::reading::{free_memory, kv_dtype};
 use crate::{models, ui};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
+use longspan_agents::rag::{Embedder, HashedWords};
+use longspan_eval::bench::file_task::FileTask;
 use longspan_eval::cache::Cache;
 use longspan_eval::cell::{Cell, RunConfig, RunFolder};
-use longspan_eval::compare::{self, Comparison};
 use longspan_eval::registry::Registry;
 use longspan_eval::report::{self, Report};
 use longspan_eval::run::{Job, Observer, RunOptions};
-use longspan_eval::score::{self, CellScore};
+use longspan_eval::score::CellScore;
 use longspan_eval::target::*;
-use longspan_eval::task::{Prediction, SampleCx, Task, Unit};
+use longspan_eval::task::{SampleCx, Task, Unit};
 use longspan_eval::{EvalError, run};
 use longspan_infer::EngineOptions;
 use longspan_infer::context::auto;
 use longspan_infer::decode::DecodeConfig;
-use serde::Deserialize;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +41,7 @@ impl std::fmt::Display for Exit {
 
 impl std::error::Error for Exit {}
 
-fn exit(code: u8, message: impl Into<String>) -> anyhow::Error {
+pub(crate) fn exit(code: u8, message: impl Into<String>) -> anyhow::Error {
     Exit {
         code,
         message: message.into(),
@@ -50,7 +49,7 @@ fn exit(code: u8, message: impl Into<String>) -> anyhow::Error {
     .into()
 }
 
-fn coded(error: EvalError) -> anyhow::Error {
+pub(crate) fn coded(error: EvalError) -> anyhow::Error {
     let code = match &error {
         EvalError::Interrupted { .. } => 130,
         EvalError::Unreachable(_) => 3,
@@ -82,7 +81,8 @@ pub enum Chat {
 
 #[derive(Args)]
 pub struct Eval {
-    /// Benchmarks (ruler, needle, ...) or tasks (ruler/vt); `list` prints them all
+    /// Benchmarks (ruler, needle, ...), tasks (ruler/vt), or files that describe one (mine.toml); `list` prints
+    /// them all
     #[arg(required = true, value_name = "BENCH")]
     benches: Vec<String>,
     /// Lengths, in each task's unit: 512,4k
@@ -100,8 +100,8 @@ pub struct Eval {
     /// Who answers
     #[arg(long, default_value = "local")]
     target: Who,
-    /// OpenAI-compatible server, for instance http://localhost:8000/v1; the model is --model, a key
-    /// is read from LONGSPAN_API_KEY
+    /// OpenAI-compatible server, for instance http://localhost:8000/v1; the model is --model (where several
+    /// are served), a key is read from LONGSPAN_API_KEY
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
     /// With --endpoint: plain completions in place of chat completions
@@ -116,6 +116,15 @@ pub struct Eval {
     /// With --endpoint: tries per sample
     #[arg(long, default_value_t = 8, value_name = "N")]
     tries: u32,
+    /// With --endpoint: most requests that begin in a minute; a server's Retry-After is kept to without it
+    #[arg(long, value_name = "N", requires = "endpoint", value_parser = parse_rate)]
+    rate: Option<f64>,
+    /// Rank documents instead of writing (loco): bm25, hashed (words hashed to vectors), or an embedder's alias or folder
+    #[arg(long, value_name = "BY", conflicts_with_all = ["endpoint", "recorded"])]
+    search: Option<String>,
+    /// With --search by vectors: a document is the mean of the vectors of pieces of this many words
+    #[arg(long, value_name = "WORDS", requires = "search")]
+    search_pieces: Option<usize>,
     /// Answers of an earlier run instead of a model
     #[arg(long, value_name = "RUN")]
     recorded: Option<PathBuf>,
@@ -148,48 +157,7 @@ pub struct Eval {
     max_minutes: Option<f64>,
 }
 
-#[derive(Args)]
-pub struct Score {
-    /// Run folders; with --pred one benchmark or task
-    #[arg(required = true, value_name = "RUN")]
-    what: Vec<String>,
-    /// Predictions made elsewhere: a .jsonl file, or a folder with one per task; rows have `pred` and
-    /// `outputs`
-    #[arg(long, value_name = "PATH")]
-    pred: Option<PathBuf>,
-}
-
-#[derive(Args)]
-pub struct ReportArgs {
-    /// Run folders
-    #[arg(required = true, value_name = "RUN")]
-    runs: Vec<PathBuf>,
-    /// Folder for report.html, report.md, report.json; default the first run's
-    #[arg(long, value_name = "FOLDER")]
-    out: Option<PathBuf>,
-    /// TOML file with [[gate]] entries: task, length, policy, min, max; exit code 1 if one fails
-    #[arg(long, value_name = "FILE")]
-    gate: Option<PathBuf>,
-    /// Put different versions of a task into one table
-    #[arg(long)]
-    force: bool,
-}
-
-#[derive(Args)]
-pub struct Compare {
-    /// Run folder, or several policies of one run
-    a: PathBuf,
-    /// Run folder to compare with it
-    b: Option<PathBuf>,
-    /// Exit with code 1 if any task falls by more than this
-    #[arg(long, value_name = "X")]
-    max_drop: Option<f64>,
-    /// Compare different versions of a task
-    #[arg(long)]
-    force: bool,
-}
-
-fn parse_length(text: &str) -> Result<usize, String> {
+pub(crate) fn parse_length(text: &str) -> Result<usize, String> {
     let (digits, factor) = match text.strip_suffix(['k', 'K']) {
         Some(digits) => (digits, 1024),
         None => (text, 1),
@@ -199,6 +167,12 @@ fn parse_length(text: &str) -> Result<usize, String> {
         .and_then(|n| n.checked_mul(factor))
         .filter(|n| *n > 0);
     length.ok_or_else(|| format!("{text:?} is no length; expected for instance 512 or 4k"))
+}
+
+fn parse_rate(text: &str) -> Result<f64, String> {
+    let rate: Option<f64> = text.parse().ok();
+    rate.filter(|rate| rate.is_finite() && *rate > 0.0)
+        .ok_or_else(|| format!("{text:?} is no rate; expected requests a minute, above 0"))
 }
 
 /// Shows progress, notices Ctrl-C.
@@ -224,13 +198,19 @@ impl Observer for Bar {
 
 /// `longspan eval`
 pub fn eval(args: &Eval, common: &Common) -> Result<()> {
-    let registry = Registry::default();
+    let mut registry = Registry::default();
     if args.benches == ["list"] {
         return list(&registry, common);
     }
     let mut tasks: Vec<Arc<dyn Task>> = Vec::new();
     for name in &args.benches {
-        for task in registry.select(name).map_err(coded)? {
+        let mut name = name.clone();
+        if name.ends_with(".toml") {
+            let task = FileTask::open(Path::new(&name)).map_err(coded)?;
+            name = task.meta().id.clone();
+            registry.add(Arc::new(task)).map_err(coded)?;
+        }
+        for task in registry.select(&name).map_err(coded)? {
             if tasks.iter().all(|known| known.meta().id != task.meta().id) {
                 tasks.push(task);
             }
@@ -301,7 +281,8 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
         ("seed".to_string(), args.seed.to_string()),
         ("decoding".to_string(), args.decode.clone()),
     ];
-    if let (None, None, Who::Local) = (&args.endpoint, &args.recorded, args.target) {
+    let elsewhere = args.endpoint.is_some() || args.recorded.is_some() || args.search.is_some();
+    if !elsewhere && args.target == Who::Local {
         options.push((
             "keys and values".into(),
             format!("{:?}", kv_dtype(common)?).to_lowercase(),
@@ -334,10 +315,16 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
         created: now,
     };
     let path = args.out.clone().unwrap_or_else(|| {
-        let name = args.benches.join("-").replace('/', "_");
+        let names: Vec<&str> = args
+            .benches
+            .iter()
+            .map(|name| name.trim_end_matches(".toml"))
+            .collect();
+        let name = names.join("-").replace('/', "_");
         Path::new("runs").join(format!("{}-{name}", report::stamp(now)))
     });
     let folder = RunFolder::create(&path, &config).map_err(coded)?;
+    registry.keep(&folder, &tasks).map_err(coded)?;
     let cache = match args.no_cache {
         true => None,
         false => Some(Cache::new(&cache_folder()?).map_err(coded)?),
@@ -373,7 +360,7 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
     Ok(())
 }
 
-fn evenly(count: usize) -> Result<Vec<f64>> {
+pub(crate) fn evenly(count: usize) -> Result<Vec<f64>> {
     match count {
         0 => Err(exit(2, "--depths is 0, expected at least 1")),
         1 => Ok(vec![50.0]),
@@ -400,24 +387,22 @@ fn targets(args: &Eval, common: &Common) -> Result<Vec<Arc<dyn Target>>> {
         return Ok(vec![Arc::new(Recorded::new("recorded", rows))]);
     }
     if let Some(url) = &args.endpoint {
-        let Some(model) = common.model.clone() else {
-            return Err(exit(
-                2,
-                "--endpoint needs --model, the model's name on the server",
-            ));
-        };
         let config = EndpointConfig {
             url: url.clone(),
-            model,
+            model: common.model.clone().unwrap_or_default(),
             key: std::env::var("LONGSPAN_API_KEY").ok(),
             chat: !args.completions,
             timeout: Duration::from_secs(args.timeout.max(1)),
             tries: args.tries.max(1),
             pause: Duration::from_millis(500),
+            per_minute: args.rate,
         };
         return Ok(vec![Arc::new(
-            Endpoint::new(config, ui::interrupted).map_err(coded)?,
+            Endpoint::connect(config, ui::interrupted).map_err(coded)?,
         )]);
+    }
+    if let Some(by) = &args.search {
+        return Ok(vec![Arc::new(searcher(by, args.search_pieces, common)?)]);
     }
     match args.target {
         Who::Oracle => return Ok(vec![Arc::new(Oracle)]),
@@ -427,6 +412,8 @@ fn targets(args: &Eval, common: &Common) -> Result<Vec<Arc<dyn Target>>> {
     let kv = kv_dtype(common)?;
     let decode: DecodeConfig = args.decode.parse().map_err(|e| exit(2, format!("{e}")))?;
     let opened = models::open(common)?;
+    // Reports are handed on: a file's name says enough, its folder too much.
+    let (name, _) = opened.friendly();
     let window = opened.model.engine.window();
     let model = Arc::new(opened.model);
     let one = [common.context.clone().unwrap_or_else(|| "full".into())];
@@ -449,10 +436,28 @@ fn targets(args: &Eval, common: &Common) -> Result<Vec<Arc<dyn Target>>> {
             reuse_bytes: free_memory().map_or(1 << 30, |bytes| bytes / 4),
             memory_bytes: free_memory().map(|bytes| bytes / 10 * 8),
         };
-        let local = Local::new(Arc::clone(&model), &opened.name, options, ui::interrupted);
+        let local = Local::new(Arc::clone(&model), &name, options, ui::interrupted);
         all.push(Arc::new(local.map_err(coded)?));
     }
     Ok(all)
+}
+
+fn searcher(name: &str, pieces: Option<usize>, common: &Common) -> Result<Search> {
+    let embedder: Arc<dyn Embedder> = match name {
+        "bm25" if pieces.is_some() => {
+            return Err(exit(
+                2,
+                "--search-pieces is for vectors; bm25 reads whole documents",
+            ));
+        }
+        "bm25" => return Ok(Search::new(SearchBy::Bm25, name)),
+        "hashed" => Arc::new(HashedWords::default()),
+        name => Arc::new(crate::search::embedder(name, common)?),
+    };
+    if pieces == Some(0) {
+        return Err(exit(2, "--search-pieces is 0, expected at least 1"));
+    }
+    Ok(Search::new(SearchBy::Vectors { embedder, pieces }, name))
 }
 
 fn list(registry: &Registry, common: &Common) -> Result<()> {
@@ -475,14 +480,14 @@ fn list(registry: &Registry, common: &Common) -> Result<()> {
     Ok(())
 }
 
-fn summary(score: &CellScore) -> Value {
+pub(crate) fn summary(score: &CellScore) -> Value {
     json!({
         "task": score.cell.task, "length": score.cell.length, "model": score.cell.model,
         "policy": score.cell.policy, "aggregates": score.aggregates, "counts": score.counts,
     })
 }
 
-fn print(report: &Report, folder: &Path, common: &Common) {
+pub(crate) fn print(report: &Report, folder: &Path, common: &Common) {
     if common.json {
         let cells: Vec<Value> = report
             .cells
@@ -512,7 +517,7 @@ fn print(report: &Report, folder: &Path, common: &Common) {
     println!("{}", folder.join("report.html").display());
 }
 
-fn line(score: &CellScore) {
+pub(crate) fn line(score: &CellScore) {
     let counts = &score.counts;
     let mut notes = String::new();
     for (count, name) in [
@@ -546,228 +551,4 @@ fn line(score: &CellScore) {
         value,
         counts.rows
     );
-}
-
-/// `longspan score`
-pub fn score(args: &Score, common: &Common) -> Result<()> {
-    let registry = Registry::default();
-    let show = |score: &CellScore| match common.json {
-        true => println!("{}", summary(score)),
-        false => line(score),
-    };
-    if let Some(path) = &args.pred {
-        let [name] = args.what.as_slice() else {
-            return Err(exit(2, "with --pred, name one benchmark or task"));
-        };
-        let mut found = false;
-        for task in registry.select(name).map_err(coded)? {
-            let id = &task.meta().id;
-            let short = id.rsplit('/').next().unwrap_or(id);
-            let file = match path.is_dir() {
-                true => path.join(format!("{short}.jsonl")),
-                false => path.clone(),
-            };
-            if !file.is_file() {
-                continue;
-            }
-            found = true;
-            let rows = foreign(&file)?;
-            let cell = Cell {
-                task: id.clone(),
-                version: task.meta().version,
-                length: 0,
-                model: file.display().to_string(),
-                policy: "-".into(),
-                seed: 0,
-            };
-            show(&score::score_cell(&*task, &cell, &rows));
-        }
-        if !found {
-            return Err(exit(
-                2,
-                format!("{}: found no predictions for {name}", path.display()),
-            ));
-        }
-        return Ok(());
-    }
-    for run in &args.what {
-        let folder = RunFolder::open(Path::new(run)).map_err(coded)?;
-        for (score, _) in score::score_run(&folder, &registry).map_err(coded)? {
-            show(&score);
-        }
-    }
-    Ok(())
-}
-
-/// Rows with `pred` and `outputs`.
-fn foreign(path: &Path) -> Result<Vec<Prediction>> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| exit(2, format!("{}: {error}", path.display())))?;
-    let mut rows = Vec::new();
-    for (index, line) in text
-        .lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-    {
-        let bad = |reason: &str| exit(2, format!("{}:{}: {reason}", path.display(), index + 1));
-        let value: Value = serde_json::from_str(line).map_err(|error| bad(&error.to_string()))?;
-        let Some(text) = value["pred"].as_str() else {
-            return Err(bad("`pred` is missing or no string"));
-        };
-        let references = match &value["outputs"] {
-            Value::String(one) => vec![one.clone()],
-            Value::Array(all) => all
-                .iter()
-                .filter_map(|v| v.as_str().map(str::to_string))
-                .collect(),
-            _ => return Err(bad("`outputs` is missing or no list")),
-        };
-        rows.push(Prediction {
-            id: index.to_string(),
-            index,
-            cluster: index.to_string(),
-            references,
-            text: text.into(),
-            ..Prediction::default()
-        });
-    }
-    Ok(rows)
-}
-
-/// One line of a gate file.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Gate {
-    task: String,
-    length: Option<usize>,
-    policy: Option<String>,
-    min: Option<f64>,
-    max: Option<f64>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Gates {
-    gate: Vec<Gate>,
-}
-
-/// `longspan report`
-pub fn report(args: &ReportArgs, common: &Common) -> Result<()> {
-    let registry = Registry::default();
-    let open = |path: &PathBuf| RunFolder::open(path).map_err(coded);
-    let folders: Vec<RunFolder> = args.runs.iter().map(open).collect::<Result<_>>()?;
-    let report = Report::build(&folders, &registry, args.force).map_err(coded)?;
-    let out = args.out.as_ref().unwrap_or(&args.runs[0]);
-    std::fs::create_dir_all(out).with_context(|| format!("{}", out.display()))?;
-    report.write(out).map_err(coded)?;
-    print(&report, out, common);
-    let Some(path) = &args.gate else {
-        return Ok(());
-    };
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| exit(2, format!("{}: {error}", path.display())))?;
-    let gates: Gates =
-        toml::from_str(&text).map_err(|error| exit(2, format!("{}: {error}", path.display())))?;
-    let mut failed = Vec::new();
-    for gate in &gates.gate {
-        let cells: Vec<_> = report
-            .cells
-            .iter()
-            .filter(|cell| {
-                let cell = &cell.score.cell;
-                cell.task == gate.task
-                    && gate.length.is_none_or(|length| length == cell.length)
-                    && gate
-                        .policy
-                        .as_ref()
-                        .is_none_or(|policy| *policy == cell.policy)
-            })
-            .collect();
-        if cells.is_empty() {
-            failed.push(format!("{}: no cell was run", gate.task));
-        }
-        for cell in cells {
-            let value = cell.score.main().map_or(f64::NAN, |main| main.value);
-            let low = gate.min.is_some_and(|min| value < min || value.is_nan());
-            let high = gate.max.is_some_and(|max| value > max || value.is_nan());
-            if low || high {
-                failed.push(format!(
-                    "{} at {}, {}: {value:.4}, expected {}",
-                    gate.task,
-                    cell.score.cell.length,
-                    cell.series(),
-                    match (gate.min, gate.max) {
-                        (Some(min), Some(max)) => format!("{min} to {max}"),
-                        (Some(min), None) => format!("at least {min}"),
-                        (_, max) => format!("at most {}", max.unwrap_or(f64::NAN)),
-                    }
-                ));
-            }
-        }
-    }
-    if failed.is_empty() {
-        return Ok(());
-    }
-    Err(exit(1, format!("gate: {}", failed.join("; "))))
-}
-
-/// `longspan compare`
-pub fn compare(args: &Compare, common: &Common) -> Result<()> {
-    let registry = Registry::default();
-    let scores = |path: &PathBuf| -> Result<Vec<CellScore>> {
-        let folder = RunFolder::open(path).map_err(coded)?;
-        let all = score::score_run(&folder, &registry).map_err(coded)?;
-        Ok(all.into_iter().map(|(score, _)| score).collect())
-    };
-    let losses = |task: &str| {
-        registry
-            .task(task)
-            .is_ok_and(|t| !t.meta().higher_is_better)
-    };
-    let a = scores(&args.a)?;
-    let all = match &args.b {
-        Some(b) => compare::compare(&a, &scores(b)?, &losses, args.force),
-        None => compare::within(&a, &losses),
-    }
-    .map_err(coded)?;
-    for comparison in &all {
-        match common.json {
-            true => println!("{}", serde_json::to_string(comparison)?),
-            false => show(comparison),
-        }
-    }
-    let worst = all.iter().map(Comparison::drop).fold(0.0, f64::max);
-    match args.max_drop {
-        Some(most) if worst > most => Err(exit(
-            1,
-            format!("gate: the largest drop is {worst:.4}, expected at most {most}"),
-        )),
-        _ => Ok(()),
-    }
-}
-
-fn show(c: &Comparison) {
-    let paired = &c.paired;
-    let interval = paired.bootstrap.map_or(String::new(), |(low, high)| {
-        format!(" [{low:+.3}, {high:+.3}]")
-    });
-    println!(
-        "{} at {}: {} {:.3} -> {} {:.3}, difference {:+.3}{interval}, n {}, better {}, worse {}",
-        c.task,
-        c.length,
-        c.a,
-        c.a_value,
-        c.b,
-        c.b_value,
-        paired.difference.value,
-        paired.difference.n,
-        paired.better,
-        paired.worse
-    );
-    for (id, a, b) in c.flips.iter().take(20) {
-        println!("  {id}  {a:.3} -> {b:.3}");
-    }
-    if c.flips.len() > 20 {
-        println!("  and {} more (--json prints all)", c.flips.len() - 20);
-    }
 }

@@ -10,15 +10,20 @@ mod bench_decode;
 mod bench_depth;
 mod bench_dialogue;
 mod bench_questions;
+mod bench_rag;
+mod bench_workflow;
 mod chat_model;
 mod cli;
+mod data;
 mod eval;
+mod judge;
 mod memory_chat;
 mod models;
 mod papers;
 mod parity;
 mod probe;
 mod reading;
+mod scores;
 mod search;
 mod serve;
 mod settings;
@@ -75,6 +80,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Prepare(args) => reading::prepare(&args, &common),
         Command::Generate(args) => reading::generate(&args, &common),
         Command::Chat(args) => reading::chat(&args, &common),
+        Command::Memory { what } => memory_chat::kept(&what, &common),
         Command::Search(args) => search::search(&args, &common),
         Command::Write(args) => write::write(&args, &common),
         Command::Summarize(args) => summarize::summarize(&args, &common),
@@ -82,9 +88,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Trace { what } => trace::run(&what, &common),
         Command::Bench { what } => bench::run(&what, &common),
         Command::Eval(args) => eval::eval(&args, &common),
-        Command::Score(args) => eval::score(&args, &common),
-        Command::Report(args) => eval::report(&args, &common),
-        Command::Compare(args) => eval::compare(&args, &common),
+        Command::Score(args) => scores::score(&args, &common),
+        Command::Report(args) => scores::report(&args, &common),
+        Command::Compare(args) => scores::compare(&args, &common),
+        Command::Judge { what } => judge::run(&what, &common),
+        Command::Data(args) => data::data(&args, &common),
         Command::Train(args) => train::train(&args, &common),
         Command::Runs { what } => train::runs(&what, &common),
         Command::Reproduce(args) => train::reproduce(&args, &common),

@@ -1,20 +1,13 @@
-//! `longspan chat --memory scm`: a talk that is remembered, in a file, over restarts.
+//! `longspan chat --memory scm`: a talk that is remembered, in a file, over restarts; `longspan memory`: what is in it.
 
 use crate::cli::{Chat, Common};
-use crate::models;
 use crate::ui;
 use anyhow::{Context, Result};
-use longspan_agents::chat::local_chat::LocalChat;
 use longspan_agents::chat::model::{Call, Request};
-use longspan_agents::memory::scm::stream::MemoryStream;
+use longspan_agents::memory::scm::stream::{Item, MemoryStream};
 use longspan_agents::memory::scm::{Mode, Scm, ScmConfig};
-use longspan_infer::EngineOptions;
-use longspan_infer::context::ContextConfig;
 use serde_json::json;
-use std::io::{self, BufRead, Write};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// Which memory a talk has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -63,24 +56,11 @@ pub struct MemoryArgs {
 
 /// `longspan chat --memory scm`
 pub fn chat(args: &Chat, template: Request, common: &Common) -> Result<()> {
-    let path = match &args.memory.memory_file {
-        Some(path) => path.clone(),
-        None => longspan_nn::hub::Hub::from_env()?
-            .cache()
-            .join("memory/scm.sqlite"),
-    };
+    let path = file_of(args.memory.memory_file.as_ref())?;
     let embedder = crate::search::embedder(&args.memory.memory_embedder, common)
         .context("a memory needs an embedder (--memory-embedder)")?;
-    let opened = models::open(common)?;
-    let options = EngineOptions {
-        kv: crate::reading::kv_dtype(common)?,
-        context: match common.context.as_deref() {
-            // Prompts are kept within the window.
-            None | Some("auto") => ContextConfig::Full,
-            Some(text) => text.parse()?,
-        },
-    };
-    let model = LocalChat::new(Arc::new(opened.model), &opened.name, options, 1 << 30)?;
+    // Prompts are kept within the window, so full attention serves.
+    let model = crate::chat_model::open(&args.chat_model, common)?;
     let config = ScmConfig {
         mode: args.memory.memory_mode,
         k: args.memory.memory_k,
@@ -89,7 +69,7 @@ pub fn chat(args: &Chat, template: Request, common: &Common) -> Result<()> {
         ..ScmConfig::default()
     };
     let stream = MemoryStream::open(&path)?;
-    let mut scm = Scm::new(stream, config, &model, &embedder)?;
+    let mut scm = Scm::new(stream, config, &*model, &embedder)?;
     if !common.json {
         eprintln!(
             "memory: {} ({} turns); /undo takes the last turn back, /forget all of them",
@@ -98,21 +78,8 @@ pub fn chat(args: &Chat, template: Request, common: &Common) -> Result<()> {
         );
     }
     let call = Call::new(ui::interrupted);
-    let stdin = io::stdin();
-    let interactive = io::IsTerminal::is_terminal(&stdin);
-    loop {
-        if interactive {
-            eprint!("> ");
-        }
-        let mut line = String::new();
-        let read = stdin
-            .lock()
-            .read_line(&mut line)
-            .context("standard input")?;
-        if read == 0 || ui::interrupted() {
-            return Ok(());
-        }
-        match line.trim() {
+    while let Some(line) = ui::next_line().context("standard input")? {
+        match line.as_str() {
             "" => continue,
             "/undo" => {
                 let undone = scm.roll_back()?;
@@ -133,36 +100,18 @@ pub fn chat(args: &Chat, template: Request, common: &Common) -> Result<()> {
             }
             _ => {}
         }
-        let mut failure = None;
-        let mut print = |text: &str| {
-            if ui::interrupted() {
-                return ControlFlow::Break(());
-            }
-            if common.json {
-                return ControlFlow::Continue(());
-            }
-            let mut out = io::stdout().lock();
-            match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => {
-                    failure = Some(error);
-                    ControlFlow::Break(())
-                }
-            }
-        };
+        let mut printed = ui::Printed::new(common.json);
         let system = args.system.as_deref();
         let turn = scm.turn(
-            &model,
+            &*model,
             &embedder,
             &template,
             system,
-            line.trim(),
+            &line,
             &call,
-            &mut print,
+            &mut |text| printed.piece(text),
         );
-        if let Some(error) = failure {
-            return Err(error.into());
-        }
+        printed.finish()?;
         let turn = match turn {
             Err(_) if ui::interrupted() => return Ok(()),
             turn => turn?,
@@ -181,11 +130,152 @@ pub fn chat(args: &Chat, template: Request, common: &Common) -> Result<()> {
                     "summary_failed": turn.summary_failed,
                 })
             );
-        } else {
-            println!();
         }
         if let Some(why) = turn.summary_failed {
             eprintln!("the turn is kept, but has no summary yet: {why}");
         }
+    }
+    Ok(())
+}
+
+/// `longspan memory`
+#[derive(clap::Subcommand)]
+pub enum Kept {
+    /// List what a memory holds, or print one turn
+    #[command(after_help = "Examples:
+  longspan memory show
+  longspan memory show --memory-file friend.sqlite --last 20
+  longspan memory show --turn 7")]
+    Show {
+        #[command(flatten)]
+        file: MemoryFile,
+        /// The newest turns only
+        #[arg(long, value_name = "N", conflicts_with = "turn")]
+        last: Option<usize>,
+        /// This turn in full
+        #[arg(long, value_name = "TURN")]
+        turn: Option<usize>,
+    },
+    /// Write all turns as JSON, one object a line: what was said, summaries, tokens, last activation
+    #[command(after_help = "Example: longspan memory export --out talk.jsonl")]
+    Export {
+        #[command(flatten)]
+        file: MemoryFile,
+        /// Into this file in place of standard output
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        /// Also the embeddings
+        #[arg(long)]
+        embeddings: bool,
+    },
+}
+
+/// Which memory.
+#[derive(clap::Args, Clone)]
+pub struct MemoryFile {
+    /// The memory's file; default: the one in the user's cache folder
+    #[arg(long, value_name = "FILE")]
+    memory_file: Option<PathBuf>,
+}
+
+/// `longspan memory show|export`
+pub fn kept(what: &Kept, common: &Common) -> Result<()> {
+    let (Kept::Show { file, .. } | Kept::Export { file, .. }) = what;
+    let path = file_of(file.memory_file.as_ref())?;
+    if !path.is_file() {
+        anyhow::bail!(
+            "{}: there is no memory; `longspan chat --memory scm` makes one",
+            path.display()
+        );
+    }
+    let stream = MemoryStream::open(&path)?;
+    let items = stream.items();
+    match what {
+        Kept::Show {
+            turn: Some(turn), ..
+        } => {
+            let Some(item) = items.iter().find(|item| item.turn == *turn) else {
+                anyhow::bail!(
+                    "{}: there is no turn {turn}; {}",
+                    path.display(),
+                    range(items)
+                );
+            };
+            if common.json {
+                println!("{}", json!(item));
+                return Ok(());
+            }
+            println!("{}", item.text);
+            if item.summary != item.text {
+                println!("\nSummary: {}", item.summary);
+            }
+        }
+        Kept::Show { last, .. } => {
+            let skip = items.len().saturating_sub(last.unwrap_or(usize::MAX));
+            if common.json {
+                items[skip..]
+                    .iter()
+                    .for_each(|item| println!("{}", json!(item)));
+                return Ok(());
+            }
+            println!("{:>6} {:>7} {:>9}  said", "turn", "tokens", "activated");
+            for item in &items[skip..] {
+                let said = format!("{} / {}", item.user, item.assistant);
+                let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+                let said: String = said.chars().take(90).collect();
+                let activated = match item.last_access {
+                    at if at > item.turn => at.to_string(),
+                    _ => "-".into(),
+                };
+                println!(
+                    "{:>6} {:>7} {activated:>9}  {said}",
+                    item.turn, item.text_tokens
+                );
+            }
+            eprintln!("{}: {}", path.display(), range(items));
+        }
+        Kept::Export {
+            out, embeddings, ..
+        } => {
+            let mut text = String::new();
+            for item in items {
+                let mut line = json!(item);
+                if *embeddings {
+                    line["embedding"] = json!(item.embedding);
+                }
+                text.push_str(&format!("{line}\n"));
+            }
+            match out {
+                Some(out) => {
+                    std::fs::write(out, text).with_context(|| out.display().to_string())?;
+                    eprintln!("{}: {}", out.display(), range(items));
+                }
+                None => ui::write_out(&text)?,
+            }
+        }
+    }
+    Ok(())
+}
+
+fn range(items: &[Item]) -> String {
+    match items {
+        [] => "no turns".into(),
+        [first, .., last] => format!(
+            "{} turns, {} to {}",
+            ui::count(items.len() as u64),
+            first.turn,
+            last.turn
+        ),
+        [only] => format!("one turn, {}", only.turn),
+    }
+}
+
+/// The file that is named, else the one in the user's cache folder.
+fn file_of(named: Option<&PathBuf>) -> Result<PathBuf> {
+    match named {
+        Some(path) => Ok(path.clone()),
+        None => Ok(longspan_nn::hub::Hub::from_env()?
+            .cache()
+            .join("memory/scm.sqlite")),
     }
 }

@@ -149,8 +149,34 @@ pub struct Opened {
     pub model: LocalModel,
     /// As the person named it.
     pub name: String,
+    /// Its file or folder.
+    pub path: PathBuf,
     /// Time to map, pack and compile it.
     pub load: Duration,
+}
+
+impl Opened {
+    /// What clients of a server call it, and other names that mean it: a path becomes the name of its file.
+    pub fn friendly(&self) -> (String, Vec<String>) {
+        let stem = match self.path.is_dir() {
+            true => self.path.file_name(),
+            false => self.path.file_stem(),
+        };
+        let stem = stem.map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+        let last = self.name.rsplit('/').next().unwrap_or("").to_string();
+        let is_path = Path::new(&self.name).exists();
+        let name = match is_path && !stem.is_empty() {
+            true => stem.clone(),
+            false => self.name.clone(),
+        };
+        let mut others = Vec::new();
+        for other in [self.name.clone(), stem, last] {
+            if !other.is_empty() && other != name && !others.contains(&other) {
+                others.push(other);
+            }
+        }
+        (name, others)
+    }
 }
 
 /// Opens the model that the options name, downloading it if need be.
@@ -177,6 +203,7 @@ pub fn open(common: &Common) -> Result<Opened> {
     Ok(Opened {
         model,
         name,
+        path,
         load: start.elapsed(),
     })
 }

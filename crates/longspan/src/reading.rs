@@ -4,6 +4,9 @@ use crate::cli::{Ask, Chat, Common, Generate, Prepare, Reading, Sampling};
 use crate::models::{self, Opened};
 use crate::ui::{self, Interrupted};
 use anyhow::{Context, Result, bail};
+use longspan_agents::chat::local::listed;
+use longspan_agents::chat::local_chat::LocalChat;
+use longspan_agents::chat::model::{Call, ChatModel, Input, Request};
 use longspan_agents::{Finish, Generation, Limits, Message, Role};
 use longspan_data::document::{self, Document};
 use longspan_data::tokenize::Special;
@@ -11,14 +14,14 @@ use longspan_infer::context::ContextConfig;
 use longspan_infer::context::auto::{self, Need};
 use longspan_infer::decode::{DecodeConfig, SamplingConfig, Strategy};
 use longspan_infer::engine::default_kv;
-use longspan_infer::prefix::PrefixCache;
 use longspan_infer::session::{KV_NAMES, Mode, SessionDir};
 use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
 use longspan_kernels::attention::KvDtype;
 use serde_json::json;
-use std::io::{self, BufRead, Write};
+use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Time between checkpoints of a long reading.
@@ -469,38 +472,17 @@ fn stream_answer(
     sampling: &SamplingArgs,
     common: &Common,
 ) -> Result<Generation> {
-    let mut failure = None;
     let mut strategy = sampling.strategy()?;
-    let mut print = |text: &str| {
-        if ui::interrupted() {
-            return ControlFlow::Break(());
-        }
-        if common.json {
-            return ControlFlow::Continue(());
-        }
-        let mut out = io::stdout().lock();
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                failure = Some(error);
-                ControlFlow::Break(())
-            }
-        }
-    };
+    let mut printed = ui::Printed::new(common.json);
     let generation = opened.model.generate(
         sequence,
         logits,
         &mut *strategy,
         &sampling.limits,
-        &mut print,
-    )?;
-    if let Some(error) = failure {
-        return Err(error.into());
-    }
-    if !common.json {
-        println!();
-    }
-    Ok(generation)
+        &mut |text| printed.piece(text),
+    );
+    printed.finish()?;
+    Ok(generation?)
 }
 
 /// `longspan generate`
@@ -533,74 +515,60 @@ pub fn generate(args: &Generate, common: &Common) -> Result<()> {
 /// `longspan chat`
 pub fn chat(args: &Chat, common: &Common) -> Result<()> {
     let sampling = SamplingArgs::new(&args.sampling, common)?;
+    let mut request = Request {
+        max_tokens: sampling.limits.max_tokens,
+        stop: sampling.limits.stop.clone(),
+        sampling: sampling.config.clone(),
+        decode: sampling.decode.clone(),
+        ..Request::chat(Vec::new())
+    };
     if args.memory.memory.is_some() {
-        let request = longspan_agents::chat::model::Request {
-            max_tokens: sampling.limits.max_tokens,
-            stop: sampling.limits.stop.clone(),
-            sampling: sampling.config.clone(),
-            decode: sampling.decode.clone(),
-            ..longspan_agents::chat::model::Request::chat(Vec::new())
-        };
         return crate::memory_chat::chat(args, request, common);
     }
-    let opened = models::open(common)?;
-    let model = &opened.model;
-    let (context, _) = match common.context.as_deref() {
-        // A talk has no length beforehand: a window's worth in full, then sinks.
-        None | Some("auto") => ("sinks".parse()?, String::new()),
-        Some(_) => choose(common, &model.engine, kv_dtype(common)?, 0)?,
+    let model: Arc<dyn ChatModel> = if args.chat_model.is_used() {
+        crate::chat_model::open(&args.chat_model, common)?
+    } else {
+        let opened = models::open(common)?;
+        let kv = kv_dtype(common)?;
+        let (context, _) = match common.context.as_deref() {
+            // A talk has no length beforehand: a window's worth in full, then sinks.
+            None | Some("auto") => ("sinks".parse()?, String::new()),
+            Some(_) => choose(common, &opened.model.engine, kv, 0)?,
+        };
+        let options = EngineOptions { kv, context };
+        let own = Arc::new(opened.model);
+        Arc::new(LocalChat::new(own, &opened.name, options, 4 << 30)?)
     };
-    let options = EngineOptions {
-        kv: kv_dtype(common)?,
-        context,
-    };
-    let mut messages: Vec<Message> = args
-        .system
-        .iter()
+    let call = Call::new(ui::interrupted);
+    let system = args.system.iter();
+    let mut messages: Vec<Message> = system
         .map(|text| Message::new(Role::System, text.clone()))
         .collect();
-    let mut cache = PrefixCache::new(4 << 30);
-    let stdin = io::stdin();
-    let interactive = io::IsTerminal::is_terminal(&stdin);
-    loop {
-        if interactive {
-            eprint!("> ");
-        }
-        let mut line = String::new();
-        if stdin
-            .lock()
-            .read_line(&mut line)
-            .context("standard input")?
-            == 0
-            || ui::interrupted()
-        {
-            return Ok(());
-        }
-        if line.trim().is_empty() {
+    while let Some(line) = ui::next_line().context("standard input")? {
+        if line.is_empty() {
             continue;
         }
-        messages.push(Message::new(Role::User, line.trim()));
-        let tokens = model.conversation(&messages)?;
-        let mut sequence = match cache.find(&model.engine, &tokens, |kept| {
-            kept.options().context == options.context
-        })? {
-            Some(sequence) => sequence,
-            None => model.engine.sequence(&options, None)?,
+        messages.push(Message::new(Role::User, line));
+        request.input = Input::Chat(messages.clone());
+        let mut printed = ui::Printed::new(common.json);
+        let reply = model.reply(&request, &call, &mut |text| printed.piece(text));
+        printed.finish()?;
+        let reply = match reply {
+            Err(_) if ui::interrupted() => return Ok(()),
+            reply => reply?,
         };
-        let new = tokens[sequence.len()..].to_vec();
-        let logits = model
-            .engine
-            .prefill(&mut sequence, &new, &mut |_, _| Ok(stop_if_interrupted()))?;
-        let generation = stream_answer(&opened, &mut sequence, logits, &sampling, common)?;
         if common.json {
             println!(
                 "{}",
-                json!({ "answer": generation.text, "finish_reason": generation.finish, "prompt_tokens": tokens.len(), "read_tokens": new.len() })
+                json!({
+                    "answer": reply.text, "finish_reason": reply.finish, "prompt_tokens": reply.usage.prompt,
+                    "read_tokens": reply.usage.prompt - reply.usage.cached,
+                })
             );
         }
-        messages.push(Message::new(Role::Assistant, generation.text));
-        cache.keep(sequence);
+        messages.push(Message::new(Role::Assistant, reply.text));
     }
+    Ok(())
 }
 
 fn stop_if_interrupted() -> ControlFlow<()> {
@@ -616,17 +584,10 @@ fn rate(tokens: usize, seconds: f64) -> f64 {
 }
 
 fn logprobs(opened: &Opened, generation: &Generation) -> serde_json::Value {
-    let text =
-        |id: u32| String::from_utf8_lossy(&opened.model.tokenizer.token_bytes(id)).into_owned();
-    let rows = generation.choices.iter().map(|choice| {
-        let top: Vec<_> = choice
-            .top
-            .iter()
-            .map(|&(id, logprob)| json!({ "token": text(id), "logprob": logprob }))
-            .collect();
-        json!({ "token": text(choice.token), "logprob": choice.logprob, "top_logprobs": top })
-    });
-    rows.collect()
+    let tokenizer = &opened.model.tokenizer;
+    let rows = generation.choices.iter();
+    rows.map(|choice| json!(listed(tokenizer, choice)))
+        .collect()
 }
 
 /// Options of decoding, checked.

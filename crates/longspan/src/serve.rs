@@ -89,7 +89,9 @@ pub fn serve(args: &Serve, common: &Common) -> Result<()> {
             .map(Arc::new)
             .with_context(|| format!("--embedder {name}"))
     });
+    let (name, aliases) = opened.friendly();
     let options = ServeOptions {
+        aliases,
         address: args.listen,
         key,
         kv: reading::kv_dtype(common)?,
@@ -108,21 +110,17 @@ pub fn serve(args: &Serve, common: &Common) -> Result<()> {
             prefix_bytes: args.prefix_memory,
             slice: args.slice,
         },
-        ..ServeOptions::new(opened.name.clone())
+        ..ServeOptions::new(name.clone())
     };
     let keyed = options.key.is_some();
     let server = Server::start(Arc::new(opened.model), embedder.transpose()?, options)?;
     let url = format!("http://{}/", server.address());
     if common.json {
-        println!(
-            "{}",
-            json!({ "url": url, "model": opened.name, "window": window })
-        );
+        println!("{}", json!({ "url": url, "model": name, "window": window }));
     } else {
         println!("{url}");
         eprintln!(
-            "{} is served, its window has {} tokens; {}Ctrl-C stops",
-            opened.name,
+            "{name} is served, its window has {} tokens; {}Ctrl-C stops",
             ui::count(window),
             if keyed {
                 "requests need the API key; "

@@ -1,7 +1,8 @@
 //! What people see while they wait: progress, numbers with units, a clean Ctrl-C.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 static INTERRUPTS: AtomicUsize = AtomicUsize::new(0);
@@ -59,6 +60,72 @@ pub fn bar(total: u64, unit: &str, quiet: bool) -> ProgressBar {
         bar.set_style(style);
     }
     bar
+}
+
+/// Writes to standard output at once.
+pub fn write_out(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())
+}
+
+/// An answer that is printed as it is written; stops it on Ctrl-C and when nobody reads on.
+pub struct Printed {
+    quiet: bool,
+    failure: Option<io::Error>,
+}
+
+impl Printed {
+    /// Prints nothing if `quiet`.
+    pub fn new(quiet: bool) -> Printed {
+        Printed {
+            quiet,
+            failure: None,
+        }
+    }
+
+    /// A piece of the answer.
+    pub fn piece(&mut self, text: &str) -> ControlFlow<()> {
+        if interrupted() {
+            return ControlFlow::Break(());
+        }
+        if self.quiet {
+            return ControlFlow::Continue(());
+        }
+        match write_out(text) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                self.failure = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    /// Ends the answer's line.
+    ///
+    /// # Errors
+    /// Standard output could not be written.
+    pub fn finish(self) -> io::Result<()> {
+        match self.failure {
+            Some(error) => Err(error),
+            None if self.quiet => Ok(()),
+            None => write_out("\n"),
+        }
+    }
+}
+
+/// Reads the next line that a person typed; None at the end or after Ctrl-C.
+///
+/// # Errors
+/// Standard input cannot be read.
+pub fn next_line() -> io::Result<Option<String>> {
+    let stdin = io::stdin();
+    if stdin.is_terminal() {
+        eprint!("> ");
+    }
+    let line = stdin.lines().next().transpose()?;
+    Ok(line
+        .filter(|_| !interrupted())
+        .map(|line| line.trim().to_string()))
 }
 
 /// Bytes with a unit: "1.5 GB".

@@ -4,8 +4,9 @@ use crate::app::App;
 use crate::error::{Failure, Result};
 use bytes::Bytes;
 use futures_core::Stream;
+use longspan_agents::chat::local::listed;
 use longspan_agents::chat::wire::{
-    self, Details, Looked, Progress, PromptDetails, TokenLogprob, TopLogprob, Usage,
+    self, Details, Looked, Progress, PromptDetails, TokenLogprob, Usage,
 };
 use longspan_data::tokenize::{StreamDecoder, Tokenizer};
 use longspan_infer::decode::stop::StopStrings;
@@ -79,27 +80,6 @@ pub struct Asked {
     pub first: VecDeque<Piece>,
     #[allow(dead_code)] // held
     ticket: Ticket,
-}
-
-/// A token as answers list it.
-pub fn listed(tokenizer: &Tokenizer, choice: &Choice) -> TokenLogprob {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let bytes = tokenizer.token_bytes(choice.token);
-    let top = choice.top.iter().map(|&(id, logprob)| {
-        let bytes = tokenizer.token_bytes(id);
-        TopLogprob {
-            token: text(&bytes),
-            // JSON has no infinities.
-            logprob: logprob.max(-9999.0),
-            bytes: Some(bytes),
-        }
-    });
-    TokenLogprob {
-        token: text(&bytes),
-        logprob: choice.logprob.max(-9999.0),
-        top_logprobs: top.collect(),
-        bytes: Some(bytes),
-    }
 }
 
 /// One answer on its way to text.

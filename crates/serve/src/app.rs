@@ -15,6 +15,7 @@ use axum::{Extension, Router};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use longspan_agents::LocalModel;
+use longspan_agents::chat::wire::Head;
 use longspan_infer::EngineOptions;
 use longspan_infer::context::auto::{self, Need};
 use longspan_infer::context::{ContextConfig, InfLlmConfig};
@@ -98,10 +99,22 @@ impl App {
         format!("fp_{}", &hash.finalize().to_hex()[..16])
     }
 
+    /// What begins an answer.
+    pub fn head(&self, prefix: &str, object: &str) -> Head {
+        Head {
+            id: self.id(prefix),
+            object: object.into(),
+            created: now(),
+            model: self.options.model.clone(),
+            system_fingerprint: Some(self.fingerprint()),
+            ..Head::default()
+        }
+    }
+
     /// Refuses the name of another model.
     pub fn check_model(&self, name: &str) -> Result<()> {
         let own = &self.options.model;
-        if name.is_empty() || name == own {
+        if name.is_empty() || name == own || self.options.aliases.iter().any(|a| a == name) {
             return Ok(());
         }
         let text = format!("model: {name:?} found, {own:?} is served");

@@ -1,7 +1,7 @@
 //! `POST /v1/chat/completions`
 
 use crate::answer::{Ask, DONE, Events, Piece, ask, collect, details, event, failed, usage};
-use crate::app::{App, client, now, peer, read_body, too_long};
+use crate::app::{App, client, peer, read_body, too_long};
 use crate::error::{Failure, Result};
 use crate::listen::Peer;
 use axum::body::Body;
@@ -12,7 +12,7 @@ use axum::{Extension, Json};
 use longspan_agents::chat::local::ModelError;
 use longspan_agents::chat::wire::{
     self, ChatChoice, ChatChunk, ChatLogprobs, ChatMessage, ChatReply, ChatRequest, ChunkChoice,
-    Delta, TokenLogprob,
+    Delta, Head, TokenLogprob,
 };
 use longspan_agents::{Message, Role};
 use longspan_data::tokenize::Special;
@@ -69,14 +69,10 @@ pub async fn chat(
         },
     )
     .await?;
-    let id = app.id("chatcmpl");
     let finder = move |range| document.as_ref().and_then(|document| document.chars(range));
     if shared.streams {
         let mut stream = Chunks {
-            id,
-            created: now(),
-            model: app.options.model.clone(),
-            fingerprint: app.fingerprint(),
+            head: app.head("chatcmpl", "chat.completion.chunk"),
             logprobs: shared.sampling.logprobs.is_some(),
             begun: Vec::new(),
             written: 0,
@@ -86,21 +82,18 @@ pub async fn chat(
                 let mut last = Vec::new();
                 let options = shared.stream_options;
                 if options.include_usage || options.include_progress || shared.show_context {
-                    let chunk = ChatChunk {
-                        usage: Some(usage(tokens, stream.written, &summary)),
-                        longspan: Some(details(&context, &shared, &summary, &finder)),
-                        ..stream.chunk(Vec::new())
-                    };
+                    let mut chunk = stream.chunk(Vec::new());
+                    chunk.head.usage = Some(usage(tokens, stream.written, &summary));
+                    chunk.head.longspan = Some(details(&context, &shared, &summary, &finder));
                     last.push(event(&chunk));
                 }
                 last.push(DONE);
                 last
             }
             Piece::Progress(progress) if shared.stream_options.include_progress => {
-                vec![event(&ChatChunk {
-                    progress: Some(progress),
-                    ..stream.chunk(Vec::new())
-                })]
+                let mut chunk = stream.chunk(Vec::new());
+                chunk.head.progress = Some(progress);
+                vec![event(&chunk)]
             }
             piece => stream.events(piece),
         };
@@ -120,17 +113,11 @@ pub async fn chat(
             }),
             finish_reason: Some(answer.finish.into()),
         });
-    Ok(Json(ChatReply {
-        id,
-        object: "chat.completion".into(),
-        created: now(),
-        model: app.options.model.clone(),
-        choices: choices.collect(),
-        usage: Some(usage(tokens, written, &summary)),
-        system_fingerprint: Some(app.fingerprint()),
-        longspan: Some(details(&context, &shared, &summary, finder)),
-    })
-    .into_response())
+    let mut head = app.head("chatcmpl", "chat.completion");
+    head.usage = Some(usage(tokens, written, &summary));
+    head.longspan = Some(details(&context, &shared, &summary, finder));
+    let choices = choices.collect();
+    Ok(Json(ChatReply { head, choices }).into_response())
 }
 
 /// Base, policy and most tokens of an answer for a prompt that starts from nothing.
@@ -204,10 +191,7 @@ fn question(app: &App, turns: &[Message]) -> Result<Vec<u32>> {
 
 /// What all chunks of a stream share.
 struct Chunks {
-    id: String,
-    created: u64,
-    model: String,
-    fingerprint: String,
+    head: Head,
     logprobs: bool,
     /// Answers whose first chunk is out.
     begun: Vec<usize>,
@@ -217,13 +201,8 @@ struct Chunks {
 impl Chunks {
     fn chunk(&self, choices: Vec<ChunkChoice>) -> ChatChunk {
         ChatChunk {
-            id: self.id.clone(),
-            object: "chat.completion.chunk".into(),
-            created: self.created,
-            model: self.model.clone(),
+            head: self.head.clone(),
             choices,
-            system_fingerprint: Some(self.fingerprint.clone()),
-            ..ChatChunk::default()
         }
     }
 

@@ -1,7 +1,7 @@
 //! `POST /v1/completions`: plain texts continued, or scored where `echo` asks for the prompt's own log probabilities.
 
 use crate::answer::{Ask, DONE, Events, Piece, ask, collect, details, event, failed, usage};
-use crate::app::{App, client, now, peer, read_body};
+use crate::app::{App, client, peer, read_body};
 use crate::chat::fresh;
 use crate::error::{Failure, Result};
 use crate::listen::Peer;
@@ -10,9 +10,9 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use longspan_agents::chat::local::ModelError;
+use longspan_agents::chat::local::{ModelError, token_text};
 use longspan_agents::chat::wire::{
-    self, CompletionChoice, CompletionLogprobs, CompletionReply, CompletionRequest, Prompt,
+    self, CompletionChoice, CompletionLogprobs, CompletionReply, CompletionRequest, Head, Prompt,
     TokenLogprob, Usage,
 };
 use longspan_data::tokenize::Special;
@@ -65,21 +65,15 @@ fn prompts(app: &App, prompt: &Prompt) -> Result<Vec<Vec<u32>>> {
 /// Where the characters of a listed prompt begin, and its tokens.
 struct Echoed {
     text: String,
-    first: String,
+    first: (String, Vec<u8>),
 }
 
 impl Echoed {
     fn new(app: &App, tokens: &[u32]) -> Echoed {
         let tokenizer = &app.model.tokenizer;
-        let own = tokenizer.bos() == Some(tokens[0]);
         Echoed {
             text: tokenizer.decode(tokens),
-            // A start token has no text.
-            first: if own {
-                String::new()
-            } else {
-                String::from_utf8_lossy(&tokenizer.token_bytes(tokens[0])).into_owned()
-            },
+            first: token_text(tokenizer, tokens[0]),
         }
     }
 }
@@ -212,15 +206,7 @@ pub async fn complete(
         );
         asked.push(ask.await?);
     }
-    let id = app.id("cmpl");
-    let reply = CompletionReply {
-        id,
-        object: "text_completion".into(),
-        created: now(),
-        model: app.options.model.clone(),
-        system_fingerprint: Some(app.fingerprint()),
-        ..CompletionReply::default()
-    };
+    let mut head = app.head("cmpl", "text_completion");
     let finder = move |range| document.as_ref().and_then(|document| document.chars(range));
     let listing = shared.sampling.logprobs;
     let top = listing.is_some_and(|count| count > 0);
@@ -228,7 +214,7 @@ pub async fn complete(
         let prompt = prompts.into_iter().next().unwrap_or_default();
         let begin = echo.then(|| Echoed::new(&app, &prompt));
         let mut stream = Pieces {
-            reply,
+            head,
             lists: (0..shared.n).map(|_| Lists::new(top)).collect(),
             listing: listing.is_some(),
             begin,
@@ -242,20 +228,18 @@ pub async fn complete(
                 let mut last = stream.begin();
                 let options = shared.stream_options;
                 if options.include_usage || options.include_progress || shared.show_context {
-                    last.push(event(&CompletionReply {
-                        usage: Some(usage(prompt.len(), stream.written, &summary)),
-                        longspan: Some(details(&policy, &shared, &summary, &finder)),
-                        ..stream.reply.clone()
-                    }));
+                    let mut reply = stream.reply(Vec::new());
+                    reply.head.usage = Some(usage(prompt.len(), stream.written, &summary));
+                    reply.head.longspan = Some(details(&policy, &shared, &summary, &finder));
+                    last.push(event(&reply));
                 }
                 last.push(DONE);
                 last
             }
             Piece::Progress(progress) if shared.stream_options.include_progress => {
-                vec![event(&CompletionReply {
-                    progress: Some(progress),
-                    ..stream.reply.clone()
-                })]
+                let mut reply = stream.reply(Vec::new());
+                reply.head.progress = Some(progress);
+                vec![event(&reply)]
             }
             piece => stream.events(piece),
         };
@@ -280,7 +264,7 @@ pub async fn complete(
             let mut text = String::new();
             if let Some(begin) = &begin {
                 text.clone_from(&begin.text);
-                lists.push(&begin.first, begin.first.as_bytes(), None);
+                lists.push(&begin.first.0, &begin.first.1, None);
                 lists.entries(&echoed);
             }
             lists.entries(&answer.tokens);
@@ -304,18 +288,14 @@ pub async fn complete(
         }
         last = summary;
     }
-    Ok(Json(CompletionReply {
-        choices,
-        usage: Some(total),
-        longspan: Some(details(&policy, &shared, &last, finder)),
-        ..reply
-    })
-    .into_response())
+    head.usage = Some(total);
+    head.longspan = Some(details(&policy, &shared, &last, finder));
+    Ok(Json(CompletionReply { head, choices }).into_response())
 }
 
 /// A completion in events.
 struct Pieces {
-    reply: CompletionReply,
+    head: Head,
     lists: Vec<Lists>,
     listing: bool,
     /// The prompt, if it is part of the answer.
@@ -366,7 +346,7 @@ impl Pieces {
         self.echoed = true;
         let text = begin.text.clone();
         for lists in &mut self.lists {
-            lists.push(&begin.first, begin.first.as_bytes(), None);
+            lists.push(&begin.first.0, &begin.first.1, None);
             lists.entries(&self.echo);
         }
         let count = self.lists.len();
@@ -377,14 +357,18 @@ impl Pieces {
 
     fn event(&mut self, index: usize, text: String, finish: Option<&str>) -> bytes::Bytes {
         let logprobs = self.listing.then(|| self.lists[index].take());
-        event(&CompletionReply {
-            choices: vec![CompletionChoice {
-                index,
-                text,
-                logprobs: logprobs.filter(|lists| !lists.tokens.is_empty()),
-                finish_reason: finish.map(str::to_string),
-            }],
-            ..self.reply.clone()
-        })
+        event(&self.reply(vec![CompletionChoice {
+            index,
+            text,
+            logprobs: logprobs.filter(|lists| !lists.tokens.is_empty()),
+            finish_reason: finish.map(str::to_string),
+        }]))
+    }
+
+    fn reply(&self, choices: Vec<CompletionChoice>) -> CompletionReply {
+        CompletionReply {
+            head: self.head.clone(),
+            choices,
+        }
     }
 }

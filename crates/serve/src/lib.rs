@@ -38,6 +38,8 @@ pub struct ServeOptions {
     pub address: SocketAddr,
     /// The model's name in requests and answers.
     pub model: String,
+    /// Other names that requests may give it.
+    pub aliases: Vec<String>,
     /// Requests must carry it as a bearer token.
     pub key: Option<String>,
     /// Type of cached keys and values.
@@ -72,6 +74,7 @@ impl ServeOptions {
         ServeOptions {
             address: ([127, 0, 0, 1], 8080).into(),
             model: model.into(),
+            aliases: Vec::new(),
             key: None,
             kv: default_kv(),
             context: None,

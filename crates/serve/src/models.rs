@@ -20,6 +20,7 @@ fn info(app: &App) -> ModelInfo {
         "echo",
         "tokenize",
         "documents",
+        "read_ahead",
     ];
     if app.embedder.is_some() {
         abilities.push("embed");
@@ -32,6 +33,7 @@ fn info(app: &App) -> ModelInfo {
         context_window: Some(app.model.engine.window()),
         max_model_len: Some(app.options.max_tokens as u64),
         fingerprint: Some(app.fingerprint()),
+        aliases: app.options.aliases.clone(),
         abilities: abilities.into_iter().map(str::to_string).collect(),
         embedding_dim: app.embedder.as_ref().map(|embedder| embedder.dim()),
     }
@@ -61,17 +63,25 @@ pub async fn tokenize(State(app): State<Arc<App>>, body: Body) -> Result<Json<To
     let request: TokenizeRequest = wire::read(&body)?;
     app.check_model(&request.model)?;
     let tokenizer = &app.model.tokenizer;
-    let tokens = match (&request.prompt, &request.messages) {
-        (Some(text), None) => {
-            let special = match request.add_special_tokens {
-                Some(false) => Special::None,
-                _ => Special::ParseWithBos,
-            };
-            tokenizer.encode(text, special).map_err(wrong)?
+    let special = match request.add_special_tokens {
+        Some(false) => Special::None,
+        _ => Special::ParseWithBos,
+    };
+    let tokens = match (&request.prompt, &request.messages, &request.prompts) {
+        (Some(text), None, None) => tokenizer.encode(text, special).map_err(wrong)?,
+        (None, Some(messages), None) => app.model.conversation(&wire::turns(messages)?)?,
+        (None, None, Some(texts)) => {
+            let count = |text: &String| Ok(tokenizer.encode(text, special).map_err(wrong)?.len());
+            let counts = texts.iter().map(count).collect::<Result<Vec<usize>>>()?;
+            return Ok(Json(TokenizeReply {
+                count: counts.iter().sum(),
+                max_model_len: app.options.max_tokens as u64,
+                counts: Some(counts),
+                ..TokenizeReply::default()
+            }));
         }
-        (None, Some(messages)) => app.model.conversation(&wire::turns(messages)?)?,
         _ => {
-            let text = "prompt or messages: one of the two is expected";
+            let text = "prompt, prompts or messages: one of the three is expected";
             return Err(Failure::new(StatusCode::BAD_REQUEST, "invalid_value", text).at("prompt"));
         }
     };
@@ -82,6 +92,7 @@ pub async fn tokenize(State(app): State<Arc<App>>, body: Body) -> Result<Json<To
     Ok(Json(TokenizeReply {
         count: tokens.len(),
         max_model_len: app.options.max_tokens as u64,
+        counts: None,
         token_strs: texts,
         tokens,
     }))

@@ -176,7 +176,7 @@ pub fn spec() -> Value {
                 "delete": with_id(route("Let a document go", None, json!({ "type": "object" }))),
             },
             "/v1/prefixes": { "delete": route("Let go what is kept of finished talks", None, json!({ "type": "object" })) },
-            "/tokenize": { "post": route("Tokens of a text or a conversation", Some(object(json!({ "prompt": text, "messages": { "type": "array", "items": named("Message") }, "add_special_tokens": { "type": "boolean" }, "return_token_strs": { "type": "boolean" } }), &[])), object(json!({ "tokens": { "type": "array", "items": number }, "count": number, "max_model_len": number }), &["tokens"])) },
+            "/tokenize": { "post": route("Tokens of a text or a conversation", Some(object(json!({ "prompt": text, "prompts": { "type": "array", "items": text, "description": "only their counts are answered" }, "messages": { "type": "array", "items": named("Message") }, "add_special_tokens": { "type": "boolean" }, "return_token_strs": { "type": "boolean" } }), &[])), object(json!({ "tokens": { "type": "array", "items": number }, "count": number, "counts": { "type": "array", "items": number }, "max_model_len": number }), &["tokens"])) },
             "/detokenize": { "post": route("The text of tokens", Some(object(json!({ "tokens": { "type": "array", "items": number } }), &["tokens"])), object(json!({ "prompt": text }), &["prompt"])) },
             "/metrics": { "get": { "summary": "Counters in Prometheus' text form", "responses": { "200": { "description": "done" } } } },
             "/healthz": { "get": { "summary": "200 while the engine runs", "security": [], "responses": { "200": { "description": "it runs" }, "503": { "description": "it does not" } } } },

@@ -173,8 +173,6 @@ fn the_endpoint_client_keeps_the_laws_of_the_seam() {
     );
     let mut probe = Probe::new(folder.path());
     probe.held = Some(&live_planes);
-    // Later tokens of these replies are control tokens, which are listed and have no text.
-    probe.max_tokens = 8;
     let outcomes = conformance::run(&remote, &probe);
     let broken = conformance::broken(&outcomes);
     assert!(broken.is_empty(), "{broken}");
@@ -184,6 +182,69 @@ fn the_endpoint_client_keeps_the_laws_of_the_seam() {
     };
     let local: Arc<dyn ChatModel> = Arc::new(LocalChat::new(model(), "tiny", own, 0).unwrap());
     conformance::agree(&remote, &local, &probe).unwrap();
+}
+
+#[test]
+fn a_chunk_that_was_read_ahead_is_not_read_again() {
+    use longspan_agents::chat::model::{Ability, Request};
+    use longspan_agents::workflow::Silent;
+    use longspan_agents::workflow::chain::{Chain, ChainConfig};
+    let _turn = turn();
+    let server = start(|options| options.schedule.prefix_bytes = 64 << 20);
+    let config = OpenAiConfig::new(&format!("http://{}/v1", server.address()), "");
+    let model = OpenAiModel::new(config).unwrap();
+    let model = model.connect(&Call::default()).unwrap();
+    assert!(model.card().can(Ability::ReadAhead));
+    let text: String = (0..40)
+        .map(|i| format!("On day {i} the keeper wrote of rain. "))
+        .collect();
+    let begun = Request::user(format!("{text}\n\n"));
+    model.prepare(&begun.input, &Call::default()).unwrap();
+    let whole = Request::user(format!("{text}\n\nWhat of it?")).max_tokens(4);
+    let usage = model.ask(&whole, &Call::default()).unwrap().usage;
+    let read = model.count_text(&text).unwrap().tokens;
+    assert!(
+        usage.cached + 8 > read && usage.cached < usage.prompt,
+        "{usage:?} {read}"
+    );
+    // A chain over the server: workers after the first find their chunks there.
+    let config = ChainConfig {
+        window: 1600,
+        max_output: 16,
+        guard: false,
+        ..ChainConfig::default()
+    };
+    let found = Chain::new(&model, config)
+        .run(&text.repeat(2), "What?", &Call::default(), &mut Silent)
+        .unwrap();
+    assert!(found.chunks >= 2, "{found:?}");
+    let failed = |event: &String| event.contains("read ahead");
+    assert!(!found.events.iter().any(failed), "{found:?}");
+    assert!(found.took.usage.cached > 400, "{:?}", found.took);
+}
+
+#[test]
+fn counts_of_many_texts_are_those_of_each() {
+    let _turn = turn();
+    let server = start(|options| options.aliases = vec!["other-name".into()]);
+    let texts = ["Hello there", "", "<s>", "é"];
+    let count = |body: Value| call(&server, "POST", "/tokenize", &body).json();
+    let all =
+        count(json!({ "model": "other-name", "prompts": texts, "add_special_tokens": false }));
+    for (at, text) in texts.iter().enumerate() {
+        let one = count(json!({ "prompt": text, "add_special_tokens": false }));
+        assert_eq!(all["counts"][at], one["count"], "{text}");
+    }
+    let wrong = call(
+        &server,
+        "POST",
+        "/tokenize",
+        &json!({ "prompt": "x", "prompts": ["y"] }),
+    );
+    assert_eq!(
+        (wrong.status, wrong.json()["error"]["param"].as_str()),
+        (400, Some("prompt"))
+    );
 }
 
 #[test]

@@ -323,19 +323,7 @@ fn logprobs(model: &Arc<dyn ChatModel>, probe: &Probe<'_>) -> Result<(), String>
         if reply.usage.exact && listed != written && listed + 1 != written {
             return Err(format!("{listed} tokens listed, {written} written"));
         }
-        // Control tokens have no text; all else must add up to the reply.
-        let mut rest = reply.text.as_str();
-        for entry in &reply.logprobs {
-            let token = entry.token.as_str();
-            let bare = token.trim_start();
-            rest = rest
-                .strip_prefix(token)
-                .or(rest.strip_prefix(bare))
-                .unwrap_or(rest);
-        }
-        if !reply.text.contains('\u{FFFD}') && !rest.trim().is_empty() {
-            return Err(format!("{rest:?} of {:?} is in no token", reply.text));
-        }
+        adds_up(&reply)?;
         for entry in &reply.logprobs {
             let mut last = f32::INFINITY;
             for top in &entry.top_logprobs {
@@ -354,6 +342,36 @@ fn logprobs(model: &Arc<dyn ChatModel>, probe: &Probe<'_>) -> Result<(), String>
         }
     }
     Ok(())
+}
+
+/// The bytes of the tokens listed are the text. A control token is listed by its name and has none; a character that
+/// is cut by the end of the reply is not part of the text, nor is the blank that some tokenizers put before it.
+fn adds_up(reply: &Reply) -> Result<(), String> {
+    let whole = |text: &str| text.replace('\u{FFFD}', "");
+    let text = whole(&reply.text);
+    let bytes: Option<Vec<&[u8]>> = (reply.logprobs.iter())
+        .map(|entry| entry.bytes.as_deref())
+        .collect();
+    if let Some(bytes) = bytes {
+        let listed = whole(&String::from_utf8_lossy(&bytes.concat()));
+        if listed != text && listed.strip_prefix(' ') != Some(&text) {
+            return Err(format!("tokens of {listed:?} for the text {text:?}"));
+        }
+        return Ok(());
+    }
+    // A dialect without bytes: all but names of control tokens must stand in the text, in order.
+    let mut rest = text.as_str();
+    for entry in &reply.logprobs {
+        let token = whole(&entry.token);
+        rest = rest
+            .strip_prefix(token.as_str())
+            .or(rest.strip_prefix(token.trim_start()))
+            .unwrap_or(rest);
+    }
+    match rest.trim().is_empty() {
+        true => Ok(()),
+        false => Err(format!("{rest:?} of {text:?} is in no token")),
+    }
 }
 
 fn scores(model: &Arc<dyn ChatModel>, probe: &Probe<'_>) -> Result<(), String> {

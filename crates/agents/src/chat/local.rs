@@ -1,7 +1,8 @@
 //! The local model: engine, tokenizer and chat template together, from text to text.
 
 use super::template::{ChatTemplate, Message, Role, TemplateError};
-use longspan_data::tokenize::{Special, Tokenizer, TokenizerError};
+use super::wire::{TokenLogprob, TopLogprob};
+use longspan_data::tokenize::{Special, TokenKind, Tokenizer, TokenizerError};
 use longspan_infer::decode::stop::StopStrings;
 use longspan_infer::decode::strategy::DecodeStats;
 use longspan_infer::decode::{
@@ -88,6 +89,41 @@ pub struct Written {
     pub score: f64,
     /// Sum of the log probabilities of its tokens.
     pub logprob: f64,
+}
+
+/// A token as answers list it, and its share of the text. A control token is listed by its name and has no text.
+pub fn token_text(tokenizer: &Tokenizer, id: u32) -> (String, Vec<u8>) {
+    let bytes = match tokenizer.kind(id) {
+        None | Some(TokenKind::Control) => {
+            let name = String::from_utf8_lossy(&tokenizer.token_bytes(id)).into_owned();
+            return (name, Vec::new());
+        }
+        // Written as a sign of its own, whatever the vocabulary calls it.
+        Some(TokenKind::Unknown) => tokenizer.decode(&[id]).into_bytes(),
+        Some(_) => tokenizer.token_bytes(id),
+    };
+    (String::from_utf8_lossy(&bytes).into_owned(), bytes)
+}
+
+/// A chosen token with its log probability and those of the likeliest, as answers list it.
+pub fn listed(tokenizer: &Tokenizer, choice: &Choice) -> TokenLogprob {
+    // JSON has no infinities.
+    let finite = |logprob: f32| logprob.max(-9999.0);
+    let top = choice.top.iter().map(|&(id, logprob)| {
+        let (token, bytes) = token_text(tokenizer, id);
+        TopLogprob {
+            token,
+            logprob: finite(logprob),
+            bytes: Some(bytes),
+        }
+    });
+    let (token, bytes) = token_text(tokenizer, choice.token);
+    TokenLogprob {
+        token,
+        logprob: finite(choice.logprob),
+        top_logprobs: top.collect(),
+        bytes: Some(bytes),
+    }
 }
 
 /// See the module's text.

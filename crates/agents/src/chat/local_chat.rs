@@ -4,12 +4,12 @@
 //! A reply does not depend on what was asked before: prompts are read in steps of fixed size, and only whole steps
 //! are taken over from earlier requests. Policies that cannot rewind go on from an earlier talk as a whole instead.
 
-use super::local::{Finish, Generation, Limits, LocalModel, ModelError};
+use super::local::{Finish, Generation, Limits, LocalModel, ModelError, listed, token_text};
 use super::model::{
     Ability, Call, Card, ChatError, ChatModel, Input, OnText, Reply, Request, Result, TokenCount,
     TokenScore, Usage,
 };
-use super::wire::{TokenLogprob, TopLogprob};
+use super::wire::TokenLogprob;
 use longspan_data::tokenize::Special;
 use longspan_infer::context::ContextConfig;
 use longspan_infer::decode::logits::log_sum_exp;
@@ -187,33 +187,10 @@ impl LocalChat {
 
     fn logprobs(&self, generation: &Generation) -> Vec<TokenLogprob> {
         let tokenizer = &self.model.tokenizer;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let written = |choice: &&longspan_infer::decode::Choice| {
+        let written = generation.choices.iter().filter(|choice| {
             !tokenizer.eos_ids().contains(&choice.token) && !choice.logprob.is_nan()
-        };
-        let entry = |choice: &longspan_infer::decode::Choice| {
-            let bytes = tokenizer.token_bytes(choice.token);
-            let top = choice.top.iter().map(|&(id, logprob)| {
-                let bytes = tokenizer.token_bytes(id);
-                TopLogprob {
-                    token: text(&bytes),
-                    logprob,
-                    bytes: Some(bytes),
-                }
-            });
-            TokenLogprob {
-                token: text(&bytes),
-                logprob: choice.logprob,
-                top_logprobs: top.collect(),
-                bytes: Some(bytes),
-            }
-        };
-        generation
-            .choices
-            .iter()
-            .filter(written)
-            .map(entry)
-            .collect()
+        });
+        written.map(|choice| listed(tokenizer, choice)).collect()
     }
 }
 
@@ -366,7 +343,7 @@ impl ChatModel for LocalChat {
                 };
                 let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 scores.push(TokenScore {
-                    token: String::from_utf8_lossy(&tokenizer.token_bytes(token)).into_owned(),
+                    token: token_text(tokenizer, token).0,
                     logprob: logits[token as usize] - log_sum_exp(logits, top),
                 });
             }

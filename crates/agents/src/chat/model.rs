@@ -38,6 +38,8 @@ pub enum Ability {
     Decode,
     /// [`ChatModel::prepare`] saves time later.
     Prepare,
+    /// [`ChatModel::prepare`] reads while another call writes: a chunk ahead of its turn costs little.
+    ReadAhead,
 }
 
 impl fmt::Display for Ability {
@@ -51,7 +53,8 @@ impl fmt::Display for Ability {
             Ability::AnswerPrefix => "a given start of the answer",
             Ability::Seed => "seeds",
             Ability::Decode => "decoding strategies",
-            Ability::Prepare => "reading ahead",
+            Ability::Prepare => "prepared beginnings",
+            Ability::ReadAhead => "reading ahead while it writes",
         };
         f.write_str(text)
     }
@@ -516,6 +519,14 @@ pub trait ChatModel: Send + Sync {
     /// # Errors
     /// Text that the tokenizer cannot take.
     fn count_text(&self, text: &str) -> Result<TokenCount>;
+
+    /// [`ChatModel::count_text`] of many pieces, in one exchange where a server counts.
+    ///
+    /// # Errors
+    /// As [`ChatModel::count_text`].
+    fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
+        texts.iter().map(|text| self.count_text(text)).collect()
+    }
 
     /// One reply. The pieces handed to `on_text` add up to [`Reply::text`]. A request that cannot fit
     /// is refused before it is sent.

@@ -63,9 +63,22 @@ pub struct OpenAiModel {
     config: OpenAiConfig,
     client: Client,
     card: Card,
-    /// The server counts tokens.
-    tokenizes: bool,
+    counting: Counting,
 }
+
+/// Who counts tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counting {
+    /// Nobody: they are estimated.
+    Estimate,
+    /// A server of another make that has a tokenize route: texts are exact, conversations nearly.
+    Texts,
+    /// A server of our make: texts, many at a time, and conversations.
+    All,
+}
+
+/// Texts counted in one exchange, and their bytes, at most.
+const COUNTED_AT_ONCE: (usize, usize) = (4096, 4 << 20);
 
 /// What a stream or a whole answer adds up to.
 #[derive(Default)]
@@ -114,7 +127,7 @@ impl OpenAiModel {
             config,
             client,
             card,
-            tokenizes: false,
+            counting: Counting::Estimate,
         })
     }
 
@@ -147,7 +160,10 @@ impl OpenAiModel {
             self.config.model = only.id.clone();
             self.card.name = only.id.clone();
         }
-        let Some(info) = list.data.iter().find(|info| info.id == self.config.model) else {
+        let named = |info: &&wire::ModelInfo| {
+            info.id == self.config.model || info.aliases.contains(&self.config.model)
+        };
+        let Some(info) = list.data.iter().find(named) else {
             // Gateways serve more names than they list.
             return Ok(self);
         };
@@ -179,8 +195,15 @@ impl OpenAiModel {
                 // Only our own server lists abilities, and it has these wherever it writes.
                 abilities.extend([Ability::Seed, Ability::Decode]);
             }
+            if has("read_ahead") {
+                abilities.extend([Ability::Prepare, Ability::ReadAhead]);
+            }
             self.card.abilities = abilities;
-            self.tokenizes = has("tokenize");
+            if has("tokenize") {
+                self.counting = Counting::All;
+            }
+        } else if self.config.tokenizer.is_none() && self.tokens_there("a b c").is_ok() {
+            self.counting = Counting::Texts;
         }
         Ok(self)
     }
@@ -385,12 +408,32 @@ impl OpenAiModel {
         })
     }
 
-    fn tokenize(&self, request: &wire::TokenizeRequest) -> Result<usize> {
+    fn tokenize<T: Serialize>(&self, request: &T) -> Result<wire::TokenizeReply> {
         let url = self.url("tokenize");
         let body = self.json(&url, request)?;
-        let reply: wire::TokenizeReply =
-            self.parse(&url, &self.send("tokenize", Some(body), &Call::default())?)?;
-        Ok(reply.count)
+        self.parse(&url, &self.send("tokenize", Some(body), &Call::default())?)
+    }
+
+    /// Tokens of a text by the route of another make, whose field is `prompt` or `content`.
+    fn tokens_there(&self, text: &str) -> Result<usize> {
+        let reply = self.tokenize(&serde_json::json!({
+            "model": self.config.model, "prompt": text, "content": text, "add_special_tokens": false,
+        }))?;
+        match reply.count.max(reply.tokens.len()) {
+            0 if !text.is_empty() => Err(ChatError::Protocol(format!(
+                "{}: no tokens of {} bytes of text",
+                self.url("tokenize"),
+                text.len()
+            ))),
+            tokens => Ok(tokens),
+        }
+    }
+
+    fn exact(tokens: usize) -> TokenCount {
+        TokenCount {
+            tokens,
+            exact: true,
+        }
     }
 }
 
@@ -441,7 +484,7 @@ impl ChatModel for OpenAiModel {
     }
 
     fn count(&self, input: &Input) -> Result<TokenCount> {
-        if self.tokenizes {
+        if self.counting == Counting::All {
             let mut request = wire::TokenizeRequest {
                 model: self.config.model.clone(),
                 ..wire::TokenizeRequest::default()
@@ -452,10 +495,7 @@ impl ChatModel for OpenAiModel {
                 }
                 Input::Text(text) => request.prompt = Some(text.clone()),
             }
-            return Ok(TokenCount {
-                tokens: self.tokenize(&request)?,
-                exact: true,
-            });
+            return Ok(Self::exact(self.tokenize(&request)?.count));
         }
         let mut count = self.count_text(&input.plain())?;
         if let Input::Chat(messages) = input {
@@ -467,17 +507,65 @@ impl ChatModel for OpenAiModel {
     }
 
     fn count_text(&self, text: &str) -> Result<TokenCount> {
-        // The server is not asked for every piece of a long text: plans by estimate are checked as a whole.
-        match &self.config.tokenizer {
-            Some(tokenizer) => {
+        match (&self.config.tokenizer, self.counting) {
+            (Some(tokenizer), _) => {
                 let tokens = tokenizer.encode(text, Special::None);
-                Ok(TokenCount {
-                    tokens: tokens.map_err(super::local::ModelError::from)?.len(),
-                    exact: true,
-                })
+                Ok(Self::exact(
+                    tokens.map_err(super::local::ModelError::from)?.len(),
+                ))
             }
-            None => Ok(TokenCount::estimate(text)),
+            _ if text.is_empty() => Ok(Self::exact(0)),
+            (None, Counting::All) => Ok(self.count_texts(&[text])?[0]),
+            (None, Counting::Texts) => Ok(Self::exact(self.tokens_there(text)?)),
+            (None, Counting::Estimate) => Ok(TokenCount::estimate(text)),
         }
+    }
+
+    fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
+        if self.counting == Counting::Estimate || self.config.tokenizer.is_some() {
+            return texts.iter().map(|text| self.count_text(text)).collect();
+        }
+        if self.counting == Counting::Texts {
+            // One exchange a piece would take long where pieces are sentences: a share of the whole's tokens serves,
+            // and whoever packs pieces counts what came of it once more.
+            if texts.len() <= 4 {
+                return texts.iter().map(|text| self.count_text(text)).collect();
+            }
+            let bytes = texts.iter().map(|text| text.len()).sum::<usize>().max(1);
+            let whole = self.count_text(&texts.concat())?.tokens;
+            let share = |text: &&str| TokenCount {
+                tokens: (text.len() * whole).div_ceil(bytes),
+                exact: true,
+            };
+            return Ok(texts.iter().map(share).collect());
+        }
+        let mut counts = Vec::with_capacity(texts.len());
+        while counts.len() < texts.len() {
+            let mut bytes = 0;
+            let next = texts[counts.len()..].iter().take(COUNTED_AT_ONCE.0);
+            let next = next.take_while(|text| {
+                bytes += text.len();
+                bytes <= COUNTED_AT_ONCE.1 || bytes == text.len()
+            });
+            let prompts: Vec<String> = next.map(|text| text.to_string()).collect();
+            let asked = prompts.len();
+            let reply = self.tokenize(&wire::TokenizeRequest {
+                model: self.config.model.clone(),
+                prompts: Some(prompts),
+                add_special_tokens: Some(false),
+                ..wire::TokenizeRequest::default()
+            })?;
+            let found = reply.counts.unwrap_or_default();
+            if found.len() != asked {
+                return Err(ChatError::Protocol(format!(
+                    "{}: {} counts for {asked} texts",
+                    self.url("tokenize"),
+                    found.len()
+                )));
+            }
+            counts.extend(found.into_iter().map(Self::exact));
+        }
+        Ok(counts)
     }
 
     fn reply(&self, request: &Request, call: &Call, on_text: OnText<'_>) -> Result<Reply> {
@@ -531,7 +619,7 @@ impl ChatModel for OpenAiModel {
                         let choice = choice.map(|choice| {
                             (choice.message.text(), choice.logprobs, choice.finish_reason)
                         });
-                        (choice, reply.usage)
+                        (choice, reply.head.usage)
                     } else {
                         let chunk: wire::ChatChunk = self.parse(&url, data)?;
                         let choice = chunk.choices.into_iter().find(|choice| choice.index == 0);
@@ -542,7 +630,7 @@ impl ChatModel for OpenAiModel {
                                 choice.finish_reason,
                             )
                         });
-                        (choice, chunk.usage)
+                        (choice, chunk.head.usage)
                     };
                     folded.usage = usage.or(folded.usage);
                     let Some((text, logprobs, finish)) = choice else {
@@ -568,7 +656,7 @@ impl ChatModel for OpenAiModel {
                 let body = self.json(&url, &body)?;
                 self.write("completions", body, call, &mut |data| {
                     let reply: wire::CompletionReply = self.parse(&url, data)?;
-                    folded.usage = reply.usage.or(folded.usage);
+                    folded.usage = reply.head.usage.or(folded.usage);
                     let choice = reply.choices.into_iter().find(|choice| choice.index == 0);
                     let Some(choice) = choice else {
                         return piece(&mut folded, "");
@@ -626,6 +714,16 @@ impl ChatModel for OpenAiModel {
                 })
             });
         Ok(scored.collect())
+    }
+
+    fn prepare(&self, input: &Input, call: &Call) -> Result<()> {
+        if !self.card.can(Ability::Prepare) {
+            return Ok(());
+        }
+        // The server keeps what it read for a finished answer; the shortest answer serves.
+        let request = Request::new(input.clone()).max_tokens(1);
+        self.reply(&request, call, &mut super::model::ignore)?;
+        Ok(())
     }
 
     fn embed(&self, texts: &[String], call: &Call) -> Result<Embeddings> {

@@ -35,6 +35,7 @@ pub struct Scripted {
     answer: Answer,
     next: Option<Next>,
     log: Mutex<Vec<Request>>,
+    prepared: Mutex<Vec<Input>>,
 }
 
 /// Components of its embeddings.
@@ -63,7 +64,23 @@ impl Scripted {
             answer: Box::new(answer),
             next: None,
             log: Mutex::default(),
+            prepared: Mutex::default(),
         }
+    }
+
+    /// Can read ahead: [`Scripted::prepared`] lists what it was given.
+    pub fn reads_ahead(mut self) -> Scripted {
+        let both = [Ability::Prepare, Ability::ReadAhead];
+        self.card.abilities.extend(both);
+        self
+    }
+
+    /// All beginnings that were prepared so far.
+    pub fn prepared(&self) -> Vec<Input> {
+        let prepared = self.prepared.lock();
+        prepared
+            .unwrap_or_else(|poison| poison.into_inner())
+            .clone()
     }
 
     /// Answers by the first rule that applies; a request that none applies to is an error.
@@ -295,6 +312,15 @@ impl ChatModel for Scripted {
             vectors: vectors.collect(),
             tokens: texts.iter().map(|text| count(text)).sum(),
         })
+    }
+
+    fn prepare(&self, input: &Input, call: &Call) -> Result<()> {
+        call.check("")?;
+        let prepared = self.prepared.lock();
+        prepared
+            .unwrap_or_else(|poison| poison.into_inner())
+            .push(input.clone());
+        Ok(())
     }
 
     fn next_token(&self, request: &Request, call: &Call) -> Result<Distribution> {

@@ -9,6 +9,7 @@ pub mod negatives;
 pub mod prompt;
 pub mod reorder;
 pub mod retrieve;
+pub mod study;
 
 pub use answer::{RagAnswer, RagConfig, RagError, answer, answer_from};
 pub use chunk::ChunkConfig;

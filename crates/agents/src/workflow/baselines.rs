@@ -114,12 +114,8 @@ impl Ask<'_> {
 
     fn direct(&self, text: &str) -> Request {
         let config = self.config;
-        self.request(direct_prompt(
-            config.task,
-            &config.requirement,
-            text,
-            self.query,
-        ))
+        let prompt = direct_prompt(config.task, &config.requirement, text, self.query);
+        Request::user(prompt).max_tokens(config.answer_tokens())
     }
 
     fn count(&self, text: &str) -> Result<usize> {
@@ -131,11 +127,12 @@ impl Ask<'_> {
         let frame = self.model.count(&self.direct("").input)?.planned();
         let room = self
             .window
-            .saturating_sub(frame + self.config.max_output + 8);
+            .saturating_sub(frame + self.config.answer_tokens() + 8);
         match room {
             0..32 => Err(ChatError::BadRequest(format!(
                 "a window of {} tokens leaves {room} for text beside {frame} of the prompt and {} of the reply",
-                self.window, self.config.max_output
+                self.window,
+                self.config.answer_tokens()
             ))),
             room => Ok(room),
         }
@@ -159,7 +156,7 @@ impl Ask<'_> {
     fn rag(&self, text: &str, observer: &mut dyn Observer) -> Result<BaselineOutcome> {
         let room = self.room()?;
         let wrong = |error: IndexError| ChatError::Store(error.to_string());
-        let mut index = Index::in_memory(ChunkConfig::default()).map_err(wrong)?;
+        let mut index = Index::in_memory(ChunkConfig { words: 300 }).map_err(wrong)?;
         let document = Document {
             name: "text".into(),
             source: Format::Text,
@@ -282,7 +279,7 @@ impl Ask<'_> {
         let frame = self.model.count(&frame.input)?.planned();
         let room = self
             .window
-            .saturating_sub(frame + self.config.max_output + 8);
+            .saturating_sub(frame + self.config.answer_tokens() + 8);
         let all = parts.join("\n\n");
         let notes = keep_ends(&all, room, &mut |text: &str| self.count(text))?;
         let prompt = manager_prompt(
@@ -294,7 +291,7 @@ impl Ask<'_> {
         let call = self.call.step("hierarchical", "manager");
         let answer = aloud(
             self.model,
-            &self.request(prompt),
+            &self.request(prompt).max_tokens(self.config.answer_tokens()),
             &call,
             &mut took,
             observer,

@@ -5,10 +5,11 @@
 
 use super::chunk::{Unit, chunks, keep_ends};
 use super::{Observer, Took, quiet};
-use crate::chat::model::{Call, ChatError, ChatModel, Request, Result};
+use crate::chat::model::{Ability, Call, ChatError, ChatModel, Reply, Request, Result};
 use longspan_infer::decode::random::CounterRng;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::ControlFlow;
 use std::str::FromStr;
 
 /// What is wanted of the text.
@@ -73,6 +74,8 @@ pub struct ChainConfig {
     pub window: usize,
     /// Most tokens of notes and of the answer.
     pub max_output: usize,
+    /// Most tokens of the answer, where it may be another number.
+    pub answer: Option<usize>,
     /// Tokens kept free for the earlier notes; default `max_output`.
     pub reserve: Option<usize>,
     /// Order of reading.
@@ -117,6 +120,7 @@ impl Default for ChainConfig {
             task: Task::Qa,
             window: 8192,
             max_output: 1024,
+            answer: None,
             reserve: None,
             order: ReadOrder::Ltr,
             paths: Paths::One,
@@ -127,6 +131,13 @@ impl Default for ChainConfig {
             rejection_words: 40,
             requirement: String::new(),
         }
+    }
+}
+
+impl ChainConfig {
+    /// Most tokens of the answer.
+    pub fn answer_tokens(&self) -> usize {
+        self.answer.unwrap_or(self.max_output)
     }
 }
 
@@ -167,6 +178,26 @@ pub struct ChainOutcome {
     pub events: Vec<String>,
     /// What it took.
     pub took: Took,
+}
+
+impl ChainOutcome {
+    /// The chain whose answer scores best: what a perfect choice among them would give. For evaluation only.
+    pub fn oracle(&self, score: &dyn Fn(&str) -> f64) -> usize {
+        let scores = self.paths.iter().map(|path| score(&path.answer));
+        let best = scores
+            .enumerate()
+            .fold((0, f64::NEG_INFINITY), |best, (index, score)| {
+                if score > best.1 { (index, score) } else { best }
+            });
+        best.0
+    }
+
+    /// How much the chosen chain's answer lost of its best notes; see [`information_loss`].
+    pub fn information_loss(&self, score: &dyn Fn(&str) -> f64) -> f64 {
+        let path = &self.paths[self.chosen];
+        let units: Vec<f64> = path.units.iter().map(|unit| score(&unit.text)).collect();
+        information_loss(&units, score(&path.answer))
+    }
 }
 
 /// See the module's text.
@@ -335,7 +366,7 @@ impl<'a> Chain<'a> {
         let mut total = plans.len() * (chunks.len() + 1);
         let several = plans.len() > 1;
         for (order, seed) in plans {
-            // What one chain alone writes is the answer, unless it may be tried again.
+            // What one chain alone writes is the answer, and streams.
             let done = outcome.took.calls;
             let path = self.path(
                 &chunks,
@@ -346,6 +377,7 @@ impl<'a> Chain<'a> {
                 observer,
                 &mut outcome,
                 (done, total),
+                !several,
             )?;
             outcome.paths.push(path);
         }
@@ -372,6 +404,7 @@ impl<'a> Chain<'a> {
                 observer,
                 &mut outcome,
                 (done, total),
+                true,
             )?;
             if !self.rejects(&path.answer) {
                 outcome.chosen = 1;
@@ -392,6 +425,7 @@ impl<'a> Chain<'a> {
         observer: &mut dyn Observer,
         outcome: &mut ChainOutcome,
         (done, total): (usize, usize),
+        streams: bool,
     ) -> Result<Path> {
         let config = &self.config;
         let shape = |request: Request| {
@@ -403,17 +437,24 @@ impl<'a> Chain<'a> {
         };
         let mut notes = String::new();
         let mut units = Vec::new();
-        for (step, chunk) in order.of(chunks.len()).into_iter().enumerate() {
+        let sequence = order.of(chunks.len());
+        for (step, &chunk) in sequence.iter().enumerate() {
             observer.step("reading", done + step, total);
             let earlier = self.shortened(&notes, outcome, observer)?;
             let prompt = worker_prompt(config.task, chunks[chunk], &earlier, query);
-            let step = call.step("chain", format!("{order} worker {}", chunk + 1));
-            let written = quiet(
-                self.worker,
-                &shape(Request::user(prompt)),
-                &step,
-                &mut outcome.took,
-            )?;
+            let request = shape(Request::user(prompt));
+            let named = call.step("chain", format!("{order} worker {}", chunk + 1));
+            let next = sequence.get(step + 1).map(|&next| chunks[next]);
+            let (reply, ahead) = self.work(&request, next, &named);
+            if let Err(error) = ahead {
+                // It costs time, nothing else.
+                let next = sequence[step + 1] + 1;
+                let text = format!("chunk {next} could not be read ahead: {error}");
+                note(outcome, observer, text);
+            }
+            let reply = reply?;
+            outcome.took.add(&reply);
+            let written = reply.text;
             let kept_earlier = config.guard && self.rejects(&written);
             if kept_earlier {
                 outcome.events.push(format!(
@@ -433,16 +474,59 @@ impl<'a> Chain<'a> {
         let last = self.shortened(&notes, outcome, observer)?;
         let prompt = manager_prompt(config.task, &config.requirement, &last, query);
         let step = call.step("chain", format!("{order} manager"));
-        let answer = quiet(
-            self.manager,
-            &shape(Request::user(prompt)),
-            &step,
-            &mut outcome.took,
-        )?;
+        let request = shape(Request::user(prompt)).max_tokens(config.answer_tokens());
+        let mut held = Held {
+            observer: streams.then_some(observer),
+            text: String::new(),
+            // An answer that may be tried again is not shown before it is seen to be none of those.
+            words: if config.guard && chunks.len() > 1 {
+                config.rejection_words
+            } else {
+                0
+            },
+            open: false,
+        };
+        let reply = self.manager.reply(&request, &step, &mut |piece| {
+            held.piece(piece);
+            ControlFlow::Continue(())
+        })?;
+        outcome.took.add(&reply);
+        let answer = reply.text;
+        if !config.guard || chunks.len() == 1 || !self.rejects(&answer) {
+            held.release();
+        }
         Ok(Path {
             order,
             units,
             answer: answer.trim().to_string(),
+        })
+    }
+
+    /// A worker's notes. Where the model reads while it writes, the next worker's chunk is read meanwhile: it stands
+    /// before the notes in the prompt.
+    fn work(
+        &self,
+        request: &Request,
+        next: Option<&str>,
+        call: &Call,
+    ) -> (Result<Reply>, Result<()>) {
+        let ahead = next.filter(|_| self.worker.card().can(Ability::ReadAhead));
+        std::thread::scope(|scope| {
+            let mut reading = None;
+            let reply = self.worker.reply(request, call, &mut |piece| {
+                // Not before the first word: the prompt that is wanted now is read first.
+                if let Some(chunk) = ahead.filter(|_| reading.is_none() && !piece.is_empty()) {
+                    let begun = Request::user(format!("{chunk}\n\n")).input;
+                    let call = call.clone();
+                    reading = Some(scope.spawn(move || self.worker.prepare(&begun, &call)));
+                }
+                ControlFlow::Continue(())
+            });
+            let ahead = reading.map_or(Ok(()), |reading| {
+                let gone = |_| Err(ChatError::Protocol("the reader broke down".into()));
+                reading.join().unwrap_or_else(gone)
+            });
+            (reply, ahead)
         })
     }
 
@@ -499,6 +583,32 @@ impl<'a> Chain<'a> {
             .ok()
             .filter(|n| (1..=paths.len()).contains(n));
         Ok(picked.map_or(voted, |n| n - 1))
+    }
+}
+
+/// An answer that streams once it has more words than a rejection may have.
+struct Held<'o> {
+    /// Nobody, where another chain's answer may be chosen.
+    observer: Option<&'o mut dyn Observer>,
+    text: String,
+    words: usize,
+    open: bool,
+}
+
+impl Held<'_> {
+    fn piece(&mut self, piece: &str) {
+        self.text.push_str(piece);
+        if self.open || self.text.split_whitespace().count() > self.words {
+            self.release();
+        }
+    }
+
+    fn release(&mut self) {
+        self.open = true;
+        let text = std::mem::take(&mut self.text);
+        if let Some(observer) = self.observer.as_mut().filter(|_| !text.is_empty()) {
+            observer.text(&text);
+        }
     }
 }
 

@@ -202,14 +202,20 @@ pub fn chunks<'t>(
         ));
     }
     let mut count = |text: &str| Ok::<_, ChatError>(model.count_text(text)?.planned());
-    let mut parts = Vec::new();
-    for piece in pieces(text, unit) {
-        parts.extend(cut_long(piece, budget, &mut count)?);
+    let whole = pieces(text, unit);
+    let sizes = model.count_texts(&whole)?;
+    let (mut parts, mut counts) = (Vec::new(), Vec::new());
+    for (piece, size) in whole.into_iter().zip(sizes) {
+        if size.planned() <= budget {
+            parts.push(piece);
+            counts.push(size.planned());
+            continue;
+        }
+        for part in cut_long(piece, budget, &mut count)? {
+            parts.push(part);
+            counts.push(count(part)?);
+        }
     }
-    let counts = parts
-        .iter()
-        .map(|part| count(part))
-        .collect::<Result<Vec<_>, _>>()?;
     let mut ranges = pack(&counts, budget);
     ranges.reverse();
     let mut starts = Vec::with_capacity(parts.len() + 1);

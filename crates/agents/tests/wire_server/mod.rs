@@ -172,6 +172,13 @@ fn failed(error: ChatError) -> (u16, ErrorBody) {
 
 fn tokenize(model: &dyn ChatModel, body: &[u8]) -> Result<Value, (u16, ErrorBody)> {
     let request: wire::TokenizeRequest = wire::read(body).map_err(bad)?;
+    if let Some(texts) = request.prompts {
+        let counts: Result<Vec<usize>, _> = texts
+            .iter()
+            .map(|text| Ok(model.count_text(text).map_err(failed)?.tokens))
+            .collect();
+        return Ok(json!({"counts": counts?}));
+    }
     let input = match (request.messages, request.prompt) {
         (Some(messages), _) => Input::Chat(wire::turns(&messages).map_err(bad)?),
         (None, prompt) => Input::Text(prompt.unwrap_or_default()),

@@ -1,10 +1,12 @@
-//! Published data sets on disk: a folder, one file, or a zip, of JSON lines or JSON arrays; and the small sets of the
-//! same form that ship with the program. A bad row is an error with its file and line.
+//! Published data sets on disk: a folder, one file, or a zip, of JSON lines, JSON arrays or parquet; and the small sets
+//! of the same form that ship with the program. A bad row is an error with its file and line.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
@@ -17,7 +19,7 @@ pub type Shipped = &'static [(&'static str, &'static str)];
 /// Where rows come from.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
-    /// A folder, a zip, or the file itself.
+    /// A folder, a zip, or the file itself (JSON lines, JSON, parquet).
     Path(&'a Path),
     /// Rows that ship with the program.
     Shipped(Shipped),
@@ -68,8 +70,9 @@ pub fn source<'a>(cx: &SampleCx<'a>, name: &str, shipped: Shipped) -> Result<Sou
 }
 
 impl Source<'_> {
-    /// Rows of the first of these files that exists; names are relative, as `data/trec.jsonl`. A source that is
-    /// itself one file holds them all, whatever its name.
+    /// Rows of the first of these files that exists; names are relative, as `data/trec.jsonl`. Beside `trec.jsonl`
+    /// also `trec.parquet`, or its parts `trec-00000-of-00002.parquet`, are found, and all of these in a folder
+    /// directly below. A source that is itself one file holds them all, whatever its name.
     ///
     /// # Errors
     /// No such file, or a row that is not JSON.
@@ -88,13 +91,20 @@ impl Source<'_> {
                     return self.zipped(root, names);
                 }
                 if root.is_file() {
-                    return parse(root, &read(root)?);
+                    return match is_parquet(root) {
+                        true => parquet(root),
+                        false => parse(root, &read(root)?),
+                    };
                 }
-                for name in names {
-                    let path = root.join(name);
-                    if path.is_file() {
-                        return parse(&path, &read(&path)?);
-                    }
+                if let Some(files) = candidates(root, names)? {
+                    let rows: Vec<Vec<Row>> = files
+                        .iter()
+                        .map(|file| match is_parquet(file) {
+                            true => parquet(file),
+                            false => parse(file, &read(file)?),
+                        })
+                        .collect::<Result<_>>()?;
+                    return Ok(rows.concat());
                 }
                 let zip = root.join("data.zip");
                 if zip.is_file() {
@@ -112,7 +122,7 @@ impl Source<'_> {
                 .iter()
                 .any(|n| files.iter().any(|(path, _)| path == n)),
             Source::Path(root) => {
-                root.is_file() || names.iter().any(|name| root.join(name).is_file())
+                root.is_file() || candidates(root, names).is_ok_and(|found| found.is_some())
             }
         }
     }
@@ -151,6 +161,153 @@ fn missing(root: &Path, names: &[String]) -> EvalError {
         root.display(),
         names.join(", ")
     ))
+}
+
+/// The files of the first of these names that is there: in the folder, or in a folder directly below it, as data sets
+/// are often published.
+fn candidates(root: &Path, names: &[String]) -> Result<Option<Vec<PathBuf>>> {
+    let mut folders = vec![root.to_path_buf()];
+    if root.is_dir() {
+        for entry in std::fs::read_dir(root).map_err(EvalError::io(root))? {
+            let path = entry.map_err(EvalError::io(root))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            }
+        }
+        folders[1..].sort();
+    }
+    for folder in &folders {
+        for name in names {
+            let path = folder.join(name);
+            if path.is_file() {
+                return Ok(Some(vec![path]));
+            }
+            let parts = parquet_parts(&path)?;
+            if !parts.is_empty() {
+                return Ok(Some(parts));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "parquet")
+}
+
+/// The parquet files that hold what `path` (as `data/test.jsonl`) would: `data/test.parquet`, or all of
+/// `data/test-*.parquet` in the order of their names.
+fn parquet_parts(path: &Path) -> Result<Vec<PathBuf>> {
+    let whole = path.with_extension("parquet");
+    if whole.is_file() {
+        return Ok(vec![whole]);
+    }
+    let (Some(folder), Some(stem)) = (path.parent(), path.file_stem().and_then(|s| s.to_str()))
+    else {
+        return Ok(Vec::new());
+    };
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut parts = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(EvalError::io(folder))? {
+        let file = entry.map_err(EvalError::io(folder))?.path();
+        let name = file.file_stem().and_then(|s| s.to_str()).unwrap_or("");
+        let part = name
+            .strip_prefix(stem)
+            .and_then(|rest| rest.strip_prefix('-'));
+        // `test-00000-of-00001`, not `test-hard`.
+        if is_parquet(&file) && part.is_some_and(|p| p.starts_with(|c: char| c.is_ascii_digit())) {
+            parts.push(file);
+        }
+    }
+    parts.sort();
+    Ok(parts)
+}
+
+/// Rows of a parquet file as JSON, fields in the order of its columns.
+fn parquet(path: &Path) -> Result<Vec<Row>> {
+    let bad = |e: &dyn std::fmt::Display| EvalError::Input(format!("{}: {e}", path.display()));
+    let file = File::open(path).map_err(EvalError::io(path))?;
+    let reader = SerializedFileReader::new(file).map_err(|e| bad(&e))?;
+    let mut rows = Vec::new();
+    for (index, row) in reader.get_row_iter(None).map_err(|e| bad(&e))?.enumerate() {
+        let row = row.map_err(|e| bad(&e))?;
+        let mut text = String::new();
+        object(&mut text, row.get_column_iter());
+        rows.push(Row {
+            path: path.into(),
+            line: index + 1,
+            text,
+        });
+    }
+    Ok(rows)
+}
+
+fn string(out: &mut String, text: &str) {
+    *out += &serde_json::Value::from(text).to_string();
+}
+
+fn object<'a>(out: &mut String, fields: impl Iterator<Item = (&'a String, &'a Field)>) {
+    out.push('{');
+    for (index, (name, field)) in fields.enumerate() {
+        if index > 0 {
+            out.push(',');
+        }
+        string(out, name);
+        out.push(':');
+        json(out, field);
+    }
+    out.push('}');
+}
+
+fn json(out: &mut String, field: &Field) {
+    match field {
+        Field::Null => *out += "null",
+        Field::Str(text) => string(out, text),
+        // Text whose column does not say that it is text.
+        Field::Bytes(bytes) => string(out, &String::from_utf8_lossy(bytes.data())),
+        Field::Group(row) => object(out, row.get_column_iter()),
+        Field::ListInternal(list) => {
+            out.push('[');
+            for (index, element) in list.elements().iter().enumerate() {
+                if index > 0 {
+                    out.push(',');
+                }
+                json(out, element);
+            }
+            out.push(']');
+        }
+        Field::MapInternal(map) => {
+            out.push('{');
+            for (index, (key, value)) in map.entries().iter().enumerate() {
+                if index > 0 {
+                    out.push(',');
+                }
+                match key {
+                    Field::Str(text) => string(out, text),
+                    other => string(out, &other.to_string()),
+                }
+                out.push(':');
+                json(out, value);
+            }
+            out.push('}');
+        }
+        Field::Bool(value) => *out += &value.to_string(),
+        Field::Byte(value) => *out += &value.to_string(),
+        Field::Short(value) => *out += &value.to_string(),
+        Field::Int(value) => *out += &value.to_string(),
+        Field::Long(value) => *out += &value.to_string(),
+        Field::UByte(value) => *out += &value.to_string(),
+        Field::UShort(value) => *out += &value.to_string(),
+        Field::UInt(value) => *out += &value.to_string(),
+        Field::ULong(value) => *out += &value.to_string(),
+        // JSON has no NaN: null, as serde_json writes it.
+        Field::Float(value) => *out += &serde_json::Value::from(*value).to_string(),
+        Field::Double(value) => *out += &serde_json::Value::from(*value).to_string(),
+        // Dates, times, decimals: as people write them.
+        other => string(out, &other.to_string()),
+    }
 }
 
 fn read(path: &Path) -> Result<String> {

@@ -6,11 +6,14 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use longspan_agents::chat::model::{Call, ChatError, ChatModel, Request};
+use longspan_agents::{Message, Role};
 
 use crate::error::{EvalError, Result};
 use crate::target::Target;
@@ -59,6 +62,38 @@ impl Judge for TargetJudge<'_> {
         match output.error {
             Some(reason) => Err(EvalError::Target(reason)),
             None => Ok(output.text),
+        }
+    }
+}
+
+/// A chat model as a judge: the local engine, an endpoint, a script. Greedy.
+pub struct ChatJudge {
+    pub model: Arc<dyn ChatModel>,
+    /// Most tokens of a reply.
+    pub max_new: usize,
+    /// Stops calls.
+    pub call: Call,
+}
+
+impl Judge for ChatJudge {
+    fn ask(&self, system: &str, user: &str) -> Result<String> {
+        let mut messages = Vec::new();
+        if !system.is_empty() {
+            messages.push(Message::new(Role::System, system));
+        }
+        messages.push(Message::new(Role::User, user));
+        let request = Request::chat(messages)
+            .max_tokens(self.max_new)
+            .temperature(0.0, 0);
+        match self.model.ask(&request, &self.call) {
+            Ok(reply) => Ok(reply.text),
+            Err(ChatError::Cancelled { .. }) => Err(EvalError::Interrupted { done: 0, total: 0 }),
+            Err(error) if error.retryable() => Err(EvalError::Unreachable(error.to_string())),
+            // What concerns this message alone; a wrong key, address or script concerns all.
+            Err(error @ (ChatError::ContextOverflow { .. } | ChatError::ContentFilter(_))) => {
+                Err(EvalError::Target(error.to_string()))
+            }
+            Err(error) => Err(EvalError::Input(error.to_string())),
         }
     }
 }

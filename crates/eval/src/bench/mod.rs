@@ -2,6 +2,8 @@
 
 pub mod altered;
 pub mod dataset;
+pub mod export;
+pub mod file_task;
 pub mod judge;
 pub mod leval;
 pub mod lines;

@@ -1,5 +1,6 @@
-//! Long-document perplexity as a task (paper 58): `perplexity` reads each document once and reports
-//! by position; `perplexity/sliding` compares window lengths on the same tokens.
+//! Long-document perplexity as a task (paper 58): `perplexity` reads each document once and reports by position; the
+//! windowed protocols compare window lengths: `sliding` and `disjoint` on the same tokens, `fixed` with equal contexts,
+//! `recent` on the same last tokens after more and more text.
 
 use super::{attr, texts};
 use crate::error::{EvalError, Result};
@@ -20,37 +21,92 @@ const SHIPPED: [&str; 5] = [
     include_str!("../../../../tests/fixtures/perplexity/doc4.txt"),
 ];
 
+/// The documents that ship with the program.
+pub(crate) fn shipped() -> impl Iterator<Item = &'static str> {
+    SHIPPED.into_iter()
+}
+
+/// Tokens that `perplexity/recent` scores at the end of each text.
+pub const RECENT: usize = 256;
+
+/// Which protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// P4, P5.
+    Position,
+    /// P2.
+    Sliding,
+    /// P1.
+    Disjoint,
+    /// P3.
+    Fixed,
+    /// P6.
+    Recent,
+}
+
 /// See the module's text.
 pub struct Perplexity {
     meta: TaskMeta,
-    sliding: bool,
+    kind: Kind,
 }
 
-/// `perplexity` and `perplexity/sliding`.
+/// `perplexity`, and one task for each windowed protocol.
 pub fn tasks() -> Vec<Arc<dyn Task>> {
-    [false, true]
-        .into_iter()
-        .map(|sliding| {
+    let all: [(Kind, &str, u32, &'static str, &'static [usize]); 5] = [
+        (
+            Kind::Position,
+            "perplexity",
+            1,
+            "next-token loss by position",
+            &[2048],
+        ),
+        (
+            Kind::Sliding,
+            "perplexity/sliding",
+            2,
+            "next-token loss by window length",
+            &[256, 512, 1024, 2048],
+        ),
+        (
+            Kind::Disjoint,
+            "perplexity/disjoint",
+            1,
+            "next-token loss in windows side by side",
+            &[2048],
+        ),
+        (
+            Kind::Fixed,
+            "perplexity/fixed",
+            1,
+            "next-token loss after equally many tokens",
+            &[256],
+        ),
+        (
+            Kind::Recent,
+            "perplexity/recent",
+            1,
+            "loss of the same last tokens by context length",
+            &[256, 512, 1024, 2048],
+        ),
+    ];
+    all.into_iter()
+        .map(|(kind, id, version, ability, lengths)| {
             Arc::new(Perplexity {
                 meta: TaskMeta {
-                    id: if sliding { "perplexity/sliding" } else { "perplexity" }.into(),
-                    version: 1,
-                    ability: if sliding {
-                        "next-token loss by window length"
-                    } else {
-                        "next-token loss by position"
-                    },
+                    id: id.into(),
+                    version,
+                    ability,
                     metric: "perplexity",
                     higher_is_better: false,
                     best: 1.0,
                     floor: crate::target::CONSTANT_SYMBOLS,
                     unit: Unit::Tokens,
-                    lengths: if sliding { &[256, 512, 1024, 2048] } else { &[2048] },
+                    lengths,
                     depths: false,
                     source: "arXiv 2108.12409, 2306.15595, 2309.17453; documents made for this program",
                     licence: "generated",
                 },
-                sliding,
+                kind,
             }) as Arc<dyn Task>
         })
         .collect()
@@ -70,14 +126,23 @@ impl Task for Perplexity {
                 .map(|(at, text)| (format!("doc{at}"), text.to_string()))
                 .collect(),
         };
-        let tokens = if self.sliding { cx.longest } else { cx.length };
-        let protocol = if self.sliding {
-            Protocol::Sliding {
-                window: cx.length,
-                stride: STRIDE.min(cx.length),
-            }
-        } else {
-            Protocol::Position
+        let (window, longest) = (cx.length, cx.longest);
+        let stride = match self.kind {
+            Kind::Disjoint => window,
+            _ => STRIDE.min(window),
+        };
+        // All lengths of a sweep read the same tokens.
+        let (protocol, tokens) = match self.kind {
+            Kind::Position => (Protocol::Position, window),
+            Kind::Sliding | Kind::Disjoint => (Protocol::Sliding { window, stride }, longest),
+            Kind::Fixed => (Protocol::Fixed { window }, 2 * longest),
+            Kind::Recent => (
+                Protocol::Recent {
+                    context: window,
+                    scored: RECENT,
+                },
+                longest + RECENT,
+            ),
         };
         if cx.length < 2 {
             return Err(EvalError::Input(format!(
@@ -100,7 +165,14 @@ impl Task for Perplexity {
                 },
                 Work::Likelihood { protocol, tokens },
                 Vec::new(),
-                BTreeMap::from([attr("document", name.clone())]),
+                match self.kind {
+                    Kind::Sliding | Kind::Disjoint => BTreeMap::from([
+                        attr("document", name.clone()),
+                        attr("stride", stride),
+                        attr("window", window),
+                    ]),
+                    _ => BTreeMap::from([attr("document", name.clone())]),
+                },
                 String::new(),
             );
             sample.cluster = name.clone();
@@ -152,7 +224,16 @@ impl Task for Perplexity {
             exact("perplexity per word", figures.word_ppl),
             exact("bos", f64::from(u8::from(documents.iter().any(|d| d.bos)))),
         ];
-        if !self.sliding {
+        let number = |name: &str| {
+            let value = rows.first()?.attrs.get(name)?.as_u64()?;
+            usize::try_from(value).ok()
+        };
+        if let Some((window, stride)) = number("window").zip(number("stride"))
+            && let Some(value) = ppl::of_window_means(&documents, window, stride)
+        {
+            all.push(exact("perplexity of window means (hf)", value));
+        }
+        if self.kind == Kind::Position {
             for (from, to, nll, count) in ppl::by_position(&documents) {
                 all.push(figure(
                     &format!("nll at {}-{to}", from + 1),

@@ -1,5 +1,6 @@
 //! Perplexity figures over documents, from stored likelihoods.
 
+use super::sliding;
 use crate::stats::{self, Estimate};
 use crate::task::Likelihood;
 
@@ -86,6 +87,29 @@ pub fn figures(documents: &[&Likelihood]) -> Figures {
     }
 }
 
+/// Perplexity as Hugging Face's guide takes it (`hf`): the mean loss of each sliding window, weighted by the tokens that
+/// the window adds, the first window's first token included although it has no loss. Differs from [`Figures::ppl`] a
+/// little. None for impossible windows.
+pub fn of_window_means(documents: &[&Likelihood], window: usize, stride: usize) -> Option<f64> {
+    let (mut sum, mut weight) = (0.0, 0.0);
+    for document in documents {
+        let held = window - usize::from(document.bos).min(window);
+        let plan = sliding(document.nll.len(), window, stride.min(held), document.bos).ok()?;
+        let mut previous = 0;
+        for w in plan {
+            let losses = document.nll[w.end - w.take..w.end].iter().flatten();
+            let (total, count) = losses.fold((0.0, 0), |(sum, n), &x| (sum + f64::from(x), n + 1));
+            let added = (w.end - previous) as f64;
+            if count > 0 {
+                sum += total / f64::from(count) * added;
+            }
+            weight += added;
+            previous = w.end;
+        }
+    }
+    (weight > 0.0).then(|| (sum / weight).exp())
+}
+
 /// Edges of position buckets: 0, 16, 32, 64, ... up to `count`, which is the last.
 pub fn bucket_edges(count: usize) -> Vec<usize> {
     let mut edges = vec![0];
@@ -151,6 +175,25 @@ mod tests {
         let a = document(&[64f32.ln(); 100]);
         assert!((figures(&[&a]).ppl.value - 64.0).abs() < 1e-4);
         assert!((figures(&[&document(&[0.0; 9])]).ppl.value - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn window_means_weigh_the_first_token_too() {
+        // Windows [0, 4) and [2, 6), [4, 8): 3, 2 and 2 losses, weights 4, 2, 2.
+        let a = document(&[1.0, 2.0, 3.0, 4.0, 6.0, 1.0, 2.0]);
+        let want: f64 = (2.0 * 4.0 + 5.0 * 2.0 + 1.5 * 2.0) / 8.0;
+        let found = of_window_means(&[&a], 4, 2).unwrap();
+        assert!((found - want.exp()).abs() < 1e-9, "{found}");
+        // A flat text has one perplexity however it is taken.
+        let flat = document(&[2.0; 50]);
+        for (window, stride) in [(8, 8), (8, 3), (64, 64)] {
+            let found = of_window_means(&[&flat], window, stride).unwrap();
+            assert!(
+                (found.ln() - 2.0).abs() < 1e-9,
+                "{window} {stride}: {found}"
+            );
+        }
+        assert_eq!(of_window_means(&[], 4, 2), None);
     }
 
     #[test]

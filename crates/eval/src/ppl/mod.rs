@@ -6,8 +6,8 @@
 mod figures;
 mod plan;
 
-pub use figures::{Figures, bucket_edges, by_position, figures};
-pub use plan::{Window, fixed, scored, sliding, windows};
+pub use figures::{Figures, bucket_edges, by_position, figures, of_window_means};
+pub use plan::{Window, fixed, recent, scored, sliding, windows};
 
 use crate::error::{EvalError, Result};
 use crate::task::Protocol;

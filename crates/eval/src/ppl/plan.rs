@@ -1,7 +1,7 @@
-//! Which windows a protocol reads and which tokens it scores in each (paper 58, P1 to P4).
+//! Which windows a protocol reads and which tokens it scores in each (paper 58, P1 to P4, P6).
 
 use crate::error::{EvalError, Result};
-use crate::task::Protocol;
+use crate::task::{GROUP, Protocol};
 
 /// Reads tokens [begin, end) from position 0 and scores the last `take` of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +63,32 @@ pub fn fixed(tokens: usize, window: usize, bos: bool) -> Result<Vec<Window>> {
         .collect())
 }
 
+/// P6: the last `scored` tokens in groups of [`GROUP`], each after `context` tokens (or as many as there are). Equal
+/// targets for all contexts.
+///
+/// # Errors
+/// No context, or a text that has not `scored` tokens after its first.
+pub fn recent(tokens: usize, context: usize, scored: usize, bos: usize) -> Result<Vec<Window>> {
+    if context == 0 || scored == 0 || scored >= tokens + bos {
+        return Err(EvalError::Input(format!(
+            "context {context} and {scored} scored tokens of {tokens}: expected at least 1 token of context, and fewer \
+             scored than there are"
+        )));
+    }
+    let first = tokens - scored;
+    let groups = (first..tokens).step_by(GROUP);
+    Ok(groups
+        .map(|begin| {
+            let end = (begin + GROUP).min(tokens);
+            Window {
+                begin: begin.saturating_sub(context.saturating_sub(bos)),
+                end,
+                take: end - begin,
+            }
+        })
+        .collect())
+}
+
 /// The windows of a protocol; `bos` tokens (0 or 1) stand before each.
 ///
 /// # Errors
@@ -75,6 +101,7 @@ pub fn windows(tokens: usize, protocol: Protocol, bos: usize) -> Result<Vec<Wind
             sliding(tokens, window, stride, bos > 0)
         }
         Protocol::Fixed { window } => fixed(tokens, window, bos > 0),
+        Protocol::Recent { context, scored } => recent(tokens, context, scored, bos.min(1)),
         Protocol::Position => Ok(if tokens == 0 {
             Vec::new()
         } else {
@@ -140,6 +167,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn equal_targets_for_all_contexts() {
+        for tokens in [70, 200, 333] {
+            for scored in [1, 63, 64, 65, 69] {
+                for bos in [0, 1] {
+                    let mut targets = Vec::new();
+                    for context in [1, 2, 50, 1000] {
+                        let plan = recent(tokens, context, scored, bos).unwrap();
+                        let own: Vec<usize> =
+                            plan.iter().flat_map(|w| w.end - w.take..w.end).collect();
+                        assert_eq!(own, (tokens - scored..tokens).collect::<Vec<_>>());
+                        for w in &plan {
+                            let first = w.end - w.take;
+                            let before = first - w.begin + bos;
+                            assert_eq!(before, context.min(first + bos).max(bos), "{w:?}");
+                        }
+                        targets.push(own);
+                    }
+                    assert!(targets.windows(2).all(|pair| pair[0] == pair[1]));
+                }
+            }
+        }
+        assert!(recent(64, 8, 64, 0).is_err() && recent(64, 0, 8, 0).is_err());
     }
 
     #[test]

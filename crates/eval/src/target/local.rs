@@ -460,6 +460,10 @@ impl Target for Local {
         match sample.work {
             Work::Generate(_) => self.generate(sample, seed),
             Work::Likelihood { .. } => self.likelihood(sample),
+            Work::Search { .. } => Ok(Output {
+                error: Some(super::search::NO_SEARCH.into()),
+                ..Output::default()
+            }),
         }
     }
 }

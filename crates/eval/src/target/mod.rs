@@ -1,12 +1,17 @@
-//! What answers: the local engine, an OpenAI-compatible endpoint, stored replies, and two
-//! yardsticks, one that knows the answers and one that always says the same.
+//! What answers: the local engine, an OpenAI-compatible endpoint, a search by words or vectors, stored
+//! replies, and two yardsticks, one that knows the answers and one that always says the same.
 
 pub mod endpoint;
 pub mod local;
+pub mod pace;
+pub mod search;
+pub mod workflow;
 pub mod yardstick;
 
 pub use endpoint::{Endpoint, EndpointConfig};
 pub use local::{ChatMode, Local, LocalOptions};
+pub use search::{Search, SearchBy};
+pub use workflow::{Details, Method, Workflow};
 pub use yardstick::{CONSTANT_SYMBOLS, Constant, Oracle, Recorded};
 
 use crate::count::Counter;

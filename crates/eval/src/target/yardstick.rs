@@ -30,7 +30,7 @@ fn output(sample: &Sample, text: &str, nll: f32) -> Result<Output> {
         ..Output::default()
     };
     match sample.work {
-        Work::Generate(_) => {
+        Work::Generate(_) | Work::Search { .. } => {
             output.tokens_out = Words.count(text)?;
             output.text = text.into();
         }

@@ -212,7 +212,7 @@ function show(looked, what) {
     fragment.append(letters.slice(at, from).join(""));
     const mark = document.createElement("mark");
     mark.textContent = letters.slice(from, to).join("");
-    mark.style.backgroundColor = `rgb(var(--heat) / ${(0.1 + 0.55 * strength).toFixed(3)})`;
+    mark.style.setProperty("--strength", strength.toFixed(3));
     mark.title = `${(100 * look.weight).toFixed(1)} % of its looks`;
     if (inner.includes(look) && (!best || look.weight > best.weight)) best = { weight: look.weight, mark };
     fragment.append(mark);
@@ -235,7 +235,8 @@ function draw(known, length, heat) {
   $("map").replaceChildren(
     ...cells.map((strength, index) => {
       const cell = document.createElement("span");
-      cell.style.backgroundColor = strength ? `rgb(var(--heat) / ${(0.15 + 0.7 * strength).toFixed(3)})` : "transparent";
+      cell.classList.toggle("hot", strength > 0);
+      cell.style.setProperty("--strength", strength.toFixed(3));
       cell.dataset.at = index / parts;
       return cell;
     }),
@@ -326,7 +327,10 @@ $("form").addEventListener("submit", async (event) => {
   $("answers").replaceChildren();
   const cards = methods.map((method) => {
     const card = $("answer-template").content.cloneNode(true).firstElementChild;
-    card.querySelector("h3").textContent = `${method.context} · ${method.decode}`;
+    // Names first; a long row of options is for those who look for it.
+    const [names, options] = [0, 1].map((part) => [method.context, method.decode].map((spec) => spec.split(/:(.*)/s)[part]));
+    card.querySelector("h3").textContent = names.join(" · ");
+    card.querySelector(".options").textContent = options.filter(Boolean).join(" · ").replaceAll(",", ", ");
     $("answers").append(card);
     return card;
   });
@@ -390,6 +394,7 @@ async function answer(method, question, card, signal, first) {
       state.textContent = "stopped";
     } else {
       state.textContent = "failed";
+      card.classList.add("failed");
       card.querySelector(".progress").hidden = true;
       said.textContent = error.message;
     }

@@ -202,6 +202,10 @@ impl ChatModel for Budgeted {
         self.inner.count_text(text)
     }
 
+    fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
+        self.inner.count_texts(texts)
+    }
+
     fn reply(&self, request: &Request, call: &Call, on_text: OnText<'_>) -> Result<Reply> {
         let mut need = self.prompt(self.inner.count(&request.input)?);
         need.completion_tokens = request.max_tokens as u64;

@@ -193,6 +193,10 @@ impl ChatModel for Cached {
         self.inner.count_text(text)
     }
 
+    fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
+        self.inner.count_texts(texts)
+    }
+
     fn reply(&self, request: &Request, call: &Call, on_text: OnText<'_>) -> Result<Reply> {
         call.check("")?;
         let deterministic = request.deterministic(self.inner.card());

@@ -126,7 +126,13 @@ impl ChatModel for Retrying {
     }
 
     fn count_text(&self, text: &str) -> Result<TokenCount> {
-        self.inner.count_text(text)
+        let mut work = || self.inner.count_text(text);
+        self.run(&Call::default(), &mut work, &|| false)
+    }
+
+    fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
+        let mut work = || self.inner.count_texts(texts);
+        self.run(&Call::default(), &mut work, &|| false)
     }
 
     fn reply(&self, request: &Request, call: &Call, on_text: OnText<'_>) -> Result<Reply> {

@@ -218,6 +218,10 @@ impl ChatModel for Traced {
         self.inner.count_text(text)
     }
 
+    fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
+        self.inner.count_texts(texts)
+    }
+
     fn reply(&self, request: &Request, call: &Call, on_text: OnText<'_>) -> Result<Reply> {
         let start = Instant::now();
         let result = self.inner.reply(request, call, on_text);

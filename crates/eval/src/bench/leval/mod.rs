@@ -3,6 +3,7 @@
 //! bonus for long answers. Data of the published form; the prompts are this program's own.
 
 pub mod judge;
+pub mod judged;
 pub mod process;
 
 use std::collections::BTreeMap;
@@ -37,6 +38,21 @@ struct Info {
     name: &'static str,
     ability: &'static str,
     score: Score,
+}
+
+impl Info {
+    /// Where its rows may be.
+    fn files(&self) -> [String; 3] {
+        let folder = match self.score {
+            Score::Closed(_) => "Closed-ended-tasks",
+            _ => "Open-ended-tasks",
+        };
+        [
+            format!("{folder}/{}.jsonl", self.name),
+            format!("LEval/{folder}/{}.jsonl", self.name),
+            format!("{}.jsonl", self.name),
+        ]
+    }
 }
 
 const fn closed(name: &'static str, ability: &'static str, kind: Kind) -> Info {
@@ -109,6 +125,13 @@ pub struct Row {
     pub input: String,
     /// exam, f1, rouge, LLM or human.
     pub evaluation: String,
+}
+
+impl Row {
+    /// Whether its answers are for a judge.
+    fn judged(&self) -> bool {
+        matches!(self.evaluation.as_str(), "LLM" | "human")
+    }
 }
 
 static TEMPLATES: LazyLock<BTreeMap<String, String>> = LazyLock::new(|| {
@@ -307,15 +330,7 @@ impl Task for Leval {
     fn samples(&self, cx: &SampleCx<'_>) -> Result<Vec<Sample>> {
         let info = self.info;
         let data = source(cx, "leval", SHIPPED)?;
-        let folder = match info.score {
-            Score::Closed(_) => "Closed-ended-tasks",
-            _ => "Open-ended-tasks",
-        };
-        let names = [
-            format!("{folder}/{}.jsonl", info.name),
-            format!("LEval/{folder}/{}.jsonl", info.name),
-            format!("{}.jsonl", info.name),
-        ];
+        let names = info.files();
         let budget = cx.length.saturating_sub(MAX_NEW);
         let mut samples = Vec::new();
         let mut question_index = 0;
@@ -335,8 +350,7 @@ impl Task for Leval {
                 let index = question_index;
                 question_index += 1;
                 // Questions for judges are no part of n-gram scores.
-                let judged = matches!(parsed.evaluation.as_str(), "LLM" | "human");
-                if judged && !matches!(info.score, Score::Closed(_)) {
+                if parsed.judged() && !matches!(info.score, Score::Closed(_)) {
                     continue;
                 }
                 if index >= cx.samples {

@@ -2,6 +2,9 @@
 //! comparing encoders of long texts, with BM25 as the yardstick that needs no model.
 
 pub mod bm25;
+mod task;
+
+pub use task::tasks;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -180,7 +183,7 @@ fn add_query(
 }
 
 /// Scores documents for a query: higher is better.
-pub trait Searcher {
+pub trait Searcher: Send + Sync {
     /// One score a document, in their order. NaN counts as -1.
     ///
     /// # Errors
@@ -204,28 +207,54 @@ impl<E: Fn(&str) -> Result<Vec<f32>>> Cosine<E> {
     /// # Errors
     /// Those of the encoder.
     pub fn new(documents: &[Document], embed: E, chunks: Option<&Chunker>) -> Result<Self> {
-        let vectors = documents.iter().map(|document| {
-            let Some(chunks) = chunks else {
-                return embed(&document.passage);
-            };
-            let chunks = chunks(&document.passage);
-            let mut mean: Vec<f32> = Vec::new();
-            for chunk in &chunks {
-                let vector = embed(chunk)?;
-                mean.resize(vector.len(), 0.0);
-                let weight = 1.0 / chunks.len() as f32;
-                mean.iter_mut()
-                    .zip(vector)
-                    .for_each(|(m, v)| *m += v * weight);
-            }
-            Ok(mean)
-        });
-        let vectors: Vec<Vec<f32>> = vectors.collect::<Result<_>>()?;
+        let vectors = embedded(documents, &embed, chunks)?;
         Ok(Cosine {
-            documents: vectors.into_iter().map(unit).collect(),
+            documents: vectors,
             embed,
         })
     }
+
+    /// The same for encoders that want other words before a passage than before a query.
+    ///
+    /// # Errors
+    /// Those of the encoder.
+    pub fn with_passages(
+        documents: &[Document],
+        passage: impl Fn(&str) -> Result<Vec<f32>>,
+        query: E,
+        chunks: Option<&Chunker>,
+    ) -> Result<Self> {
+        Ok(Cosine {
+            documents: embedded(documents, &passage, chunks)?,
+            embed: query,
+        })
+    }
+}
+
+/// Unit vectors of documents.
+fn embedded(
+    documents: &[Document],
+    embed: &dyn Fn(&str) -> Result<Vec<f32>>,
+    chunks: Option<&Chunker>,
+) -> Result<Vec<Vec<f32>>> {
+    let vectors = documents.iter().map(|document| {
+        let Some(chunks) = chunks else {
+            return embed(&document.passage);
+        };
+        let chunks = chunks(&document.passage);
+        let mut mean: Vec<f32> = Vec::new();
+        for chunk in &chunks {
+            let vector = embed(chunk)?;
+            mean.resize(vector.len(), 0.0);
+            let weight = 1.0 / chunks.len() as f32;
+            mean.iter_mut()
+                .zip(vector)
+                .for_each(|(m, v)| *m += v * weight);
+        }
+        Ok(mean)
+    });
+    let vectors: Vec<Vec<f32>> = vectors.collect::<Result<_>>()?;
+    Ok(vectors.into_iter().map(unit).collect())
 }
 
 /// A vector of length 1 in the same direction; NaN for a vector of zeros.
@@ -241,7 +270,7 @@ fn unit(mut vector: Vec<f32>) -> Vec<f32> {
     vector
 }
 
-impl<E: Fn(&str) -> Result<Vec<f32>>> Searcher for Cosine<E> {
+impl<E: Fn(&str) -> Result<Vec<f32>> + Send + Sync> Searcher for Cosine<E> {
     fn scores(&self, query: &str) -> Result<Vec<f64>> {
         let query = unit((self.embed)(query)?);
         let dot = |d: &Vec<f32>| {
@@ -273,7 +302,7 @@ pub struct Figures {
 /// # Errors
 /// Those of the searcher, or a searcher that does not score every document.
 pub fn evaluate(corpus: &Corpus, searcher: &dyn Searcher) -> Result<Figures> {
-    let mut sum = [0.0; 8];
+    let mut sum = Figures::default();
     for query in &corpus.queries {
         let scores = searcher.scores(&query.query)?;
         if scores.len() != corpus.documents.len() {
@@ -284,38 +313,59 @@ pub fn evaluate(corpus: &Corpus, searcher: &dyn Searcher) -> Result<Figures> {
             )));
         }
         let answers: HashSet<&str> = query.answer_pids.iter().map(String::as_str).collect();
-        let relevant: Vec<bool> = rank(&scores)
-            .into_iter()
-            .map(|i| corpus.documents[i].pid.as_str())
-            .filter(|&pid| pid != query.qid)
-            .take(DEPTH)
-            .map(|pid| answers.contains(pid))
-            .collect();
-        let total = answers.len();
-        let found = [
-            ndcg(&relevant, total, 1),
-            ndcg(&relevant, total, 3),
-            ndcg(&relevant, total, 5),
-            ndcg(&relevant, total, 10),
-            ndcg(&relevant, total, 100),
-            reciprocal_rank(&relevant, 10),
-            recall(&relevant, total, 10),
-            recall(&relevant, total, 100),
-        ];
-        sum.iter_mut().zip(found).for_each(|(s, f)| *s += f);
+        let order = rank(&scores);
+        let ranked = order.iter().map(|&i| corpus.documents[i].pid.as_str());
+        let one = row_scores(ranked, &query.qid, &answers);
+        sum.each(&one, |sum, one| sum + one);
     }
-    let mean = sum.map(|s| s / corpus.queries.len().max(1) as f64);
-    Ok(Figures {
-        queries: corpus.queries.len(),
-        ndcg_at_1: mean[0],
-        ndcg_at_3: mean[1],
-        ndcg_at_5: mean[2],
-        ndcg_at_10: mean[3],
-        ndcg_at_100: mean[4],
-        mrr_at_10: mean[5],
-        recall_at_10: mean[6],
-        recall_at_100: mean[7],
-    })
+    let n = corpus.queries.len().max(1) as f64;
+    sum.each(&Figures::default(), |sum, _| sum / n);
+    sum.queries = corpus.queries.len();
+    Ok(sum)
+}
+
+impl Figures {
+    fn each(&mut self, other: &Figures, f: impl Fn(f64, f64) -> f64) {
+        for (a, b) in [
+            (&mut self.ndcg_at_1, other.ndcg_at_1),
+            (&mut self.ndcg_at_3, other.ndcg_at_3),
+            (&mut self.ndcg_at_5, other.ndcg_at_5),
+            (&mut self.ndcg_at_10, other.ndcg_at_10),
+            (&mut self.ndcg_at_100, other.ndcg_at_100),
+            (&mut self.mrr_at_10, other.mrr_at_10),
+            (&mut self.recall_at_10, other.recall_at_10),
+            (&mut self.recall_at_100, other.recall_at_100),
+        ] {
+            *a = f(*a, b);
+        }
+    }
+}
+
+/// The figures of one ranking of document ids, best first. The id `qid`, the query's own, is skipped; the first
+/// thousand count.
+pub fn row_scores<'a>(
+    ranked: impl Iterator<Item = &'a str>,
+    qid: &str,
+    answers: &HashSet<&str>,
+) -> Figures {
+    let relevant: Vec<bool> = ranked
+        .filter(|&pid| pid != qid)
+        .take(DEPTH)
+        .map(|pid| answers.contains(pid))
+        .collect();
+    let total = answers.len();
+    let at = |k| ndcg(&relevant, total, k);
+    Figures {
+        queries: 1,
+        ndcg_at_1: at(1),
+        ndcg_at_3: at(3),
+        ndcg_at_5: at(5),
+        ndcg_at_10: at(10),
+        ndcg_at_100: at(100),
+        mrr_at_10: reciprocal_rank(&relevant, 10),
+        recall_at_10: recall(&relevant, total, 10),
+        recall_at_100: recall(&relevant, total, 100),
+    }
 }
 
 /// The benchmark's score: the plain mean of the data sets' nDCG@10, 0 to 100. `None` without data sets.

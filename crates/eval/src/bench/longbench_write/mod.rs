@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::attr;
-use super::dataset::{Shipped, source};
+use super::dataset::{Shipped, Source, source};
 use crate::error::Result;
 use crate::metric::length_score::{count_words, length_score};
 use crate::stats::{self, Estimate};
@@ -42,6 +42,30 @@ const RULER: [&str; 8] = [
     "写一篇{words}字的文章，介绍造纸术的历史。",
     "写一份{words}字的城市旅行指南。",
     "写一本{words}字的园艺手册。",
+];
+
+/// The requests of LongBench-Write in their order: of published data, or of the samples that ship.
+///
+/// # Errors
+/// Data that cannot be read.
+pub fn requests(data: Option<&std::path::Path>) -> Result<Vec<String>> {
+    let data = data.map_or(Source::Shipped(SHIPPED), Source::Path);
+    let rows = data.rows(&NAMES.map(String::from))?;
+    rows.iter()
+        .map(|row| row.parse::<Row>().map(|row| row.prompt))
+        .collect()
+}
+
+/// The request of a row of LongWrite-Ruler for this many words.
+pub fn ruler_request(row: usize, words: usize) -> Option<String> {
+    let text = RULER.get(row)?;
+    Some(text.replace("{words}", &words.to_string()))
+}
+
+const NAMES: [&str; 3] = [
+    "longbench_write.jsonl",
+    "longbench_write_en.jsonl",
+    "longwrite.jsonl",
 ];
 
 struct Write {
@@ -141,12 +165,7 @@ impl Task for Write {
                 .map(|(i, text)| sample(fill(text), cx.length, "ruler", i, room(cx.length)))
                 .collect());
         }
-        let names = [
-            "longbench_write.jsonl",
-            "longbench_write_en.jsonl",
-            "longwrite.jsonl",
-        ]
-        .map(String::from);
+        let names = NAMES.map(String::from);
         let rows = source(cx, "longbench-write", SHIPPED)?.rows(&names)?;
         let mut samples = Vec::new();
         for (index, row) in rows.into_iter().take(cx.samples).enumerate() {

@@ -133,6 +133,14 @@ const SHIPPED: Shipped = &[
     ),
 ];
 
+/// The cases of published data, or those that ship with the program.
+///
+/// # Errors
+/// As [`read`].
+pub fn cases(data: Option<&std::path::Path>) -> Result<Vec<Case>> {
+    read(&data.map_or(Source::Shipped(SHIPPED), Source::Path))
+}
+
 struct LongSafety {
     meta: TaskMeta,
     variant: Variant,

@@ -26,7 +26,6 @@ pub struct Ruler {
     meta: TaskMeta,
     name: &'static str,
     kind: Kind,
-    fixture: &'static str,
 }
 
 const fn niah(haystack: Haystack, key: Token, value: Token, counts: (usize, usize, usize)) -> Kind {
@@ -128,7 +127,7 @@ const TASKS: [(&str, &str, Kind, &str); 13] = {
 pub fn tasks() -> Vec<Arc<dyn Task>> {
     TASKS
         .iter()
-        .map(|&(name, ability, kind, fixture)| {
+        .map(|&(name, ability, kind, _)| {
             Arc::new(Ruler {
                 meta: TaskMeta {
                     id: format!("ruler/{name}"),
@@ -146,7 +145,6 @@ pub fn tasks() -> Vec<Arc<dyn Task>> {
                 },
                 name,
                 kind,
-                fixture,
             }) as Arc<dyn Task>
         })
         .collect()
@@ -155,6 +153,44 @@ pub fn tasks() -> Vec<Arc<dyn Task>> {
 /// The generator of a task name, `niah_single_1` to `qa_2`.
 pub fn kind(name: &str) -> Option<Kind> {
     TASKS.iter().find(|task| task.0 == name).map(|task| task.2)
+}
+
+/// The rows of a task, `niah_single_1` to `qa_2`, as the published generators write them.
+///
+/// # Errors
+/// An unknown name, and those of [`generate`].
+pub fn published(name: &str, cx: &SampleCx<'_>) -> Result<Vec<Row>> {
+    let Some(&(name, _, kind, fixture)) = TASKS.iter().find(|task| task.0 == name) else {
+        return Err(EvalError::Input(format!("ruler has no task {name:?}")));
+    };
+    let mut all: Vec<Row> = if cx.fixtures {
+        rows(fixture, Path::new(name))?
+    } else if let Some(path) = cx
+        .data
+        .map(|folder| folder.join(name).join("validation.jsonl"))
+        .filter(|path| path.is_file())
+    {
+        let text = std::fs::read_to_string(&path).map_err(EvalError::io(&path))?;
+        rows(&text, &path)?
+    } else {
+        let sources = match cx.data {
+            Some(folder) => Sources::from_folder(folder)?,
+            None => Sources::shipped()?,
+        };
+        generate(
+            kind,
+            &Request {
+                sources: &sources,
+                counter: cx.counter,
+                max_seq_length: cx.length,
+                model_template_token: cx.counter.overhead(),
+                samples: cx.samples,
+                random_seed: cx.seed as i64,
+            },
+        )?
+    };
+    all.truncate(cx.samples);
+    Ok(all)
 }
 
 impl Ruler {
@@ -203,35 +239,8 @@ impl Task for Ruler {
     }
 
     fn samples(&self, cx: &SampleCx<'_>) -> Result<Vec<Sample>> {
-        let published: Vec<Row> = if cx.fixtures {
-            rows(self.fixture, Path::new(self.name))?
-        } else if let Some(path) = cx
-            .data
-            .map(|folder| folder.join(self.name).join("validation.jsonl"))
-            .filter(|path| path.is_file())
-        {
-            let text = std::fs::read_to_string(&path).map_err(EvalError::io(&path))?;
-            rows(&text, &path)?
-        } else {
-            let sources = match cx.data {
-                Some(folder) => Sources::from_folder(folder)?,
-                None => Sources::shipped()?,
-            };
-            generate(
-                self.kind,
-                &Request {
-                    sources: &sources,
-                    counter: cx.counter,
-                    max_seq_length: cx.length,
-                    model_template_token: cx.counter.overhead(),
-                    samples: cx.samples,
-                    random_seed: cx.seed as i64,
-                },
-            )?
-        };
-        Ok(published
+        Ok(published(self.name, cx)?
             .into_iter()
-            .take(cx.samples)
             .enumerate()
             .map(|(at, row)| self.sample(row, at))
             .collect())
