@@ -23,6 +23,8 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
             tokens,
             repeat,
         } => speed(prefill, decode, *tokens, *repeat, common),
+        Bench::Mixers(args) => crate::bench_mixers::run(args, common),
+        Bench::Train(args) => crate::bench_train::run(args, common),
         Bench::Decode(args) => crate::bench_decode::run(args, common),
         Bench::Context(args) => crate::bench_context::run(args, common),
         Bench::Loss(args) => crate::probe::loss(args, common),

@@ -379,6 +379,13 @@ A run that was stopped goes on with the same command.")]
         after_help = "Example: longspan bench decode prompts.jsonl --decode lookahead:decoding_length=16"
     )]
     Decode(crate::bench_decode::DecodeBench),
+    /// Time and memory of each sequence mixer against the length, and the powers of length they grow with
+    #[command(
+        after_help = "Example: longspan bench mixers s4 mamba2:state_size=64 rnn:cell=lstm --lengths 1024,4096,16384"
+    )]
+    Mixers(crate::bench_mixers::MixersBench),
+    /// Training throughput of a transformer and a Mamba-2 of 10 M parameters (see scripts/peers/train_torch.py)
+    Train(crate::bench_train::TrainBench),
     /// Agreement with reference logits (see scripts/parity/reference.py)
     Parity {
         /// Safetensors with input_ids and logits, or input_ids and nll

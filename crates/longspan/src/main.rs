@@ -6,6 +6,8 @@ mod bench_context;
 mod bench_context_cell;
 mod bench_context_page;
 mod bench_decode;
+mod bench_mixers;
+mod bench_train;
 mod chat_model;
 mod cli;
 mod eval;
