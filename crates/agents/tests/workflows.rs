@@ -563,7 +563,9 @@ fn writing_says_what_fails_and_shortens_what_it_shows() {
         .run_with("x", Some(plan()), &Call::default(), &mut Silent)
         .unwrap_err();
     assert!(
-        error.to_string().contains("wrote nothing for step 1 in 5 tries"),
+        error
+            .to_string()
+            .contains("wrote nothing for step 1 in 5 tries"),
         "{error}"
     );
     assert_eq!(mute.requests().len(), 5);

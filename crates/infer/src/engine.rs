@@ -9,7 +9,7 @@ use longspan_kernels::attention::{KvDtype, KvLayout};
 use longspan_kernels::cpu::Level;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
 use longspan_nn::attention::{Attend, CausalAttention};
-use longspan_nn::model::Decoder;
+use longspan_nn::model::{Network, Recurrent};
 use longspan_nn::position::{
     Frequencies, LayerRopes, RopeBasis, RopeError, RopeOverride, RopeTable,
 };
@@ -18,6 +18,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 mod sequence;
+mod states;
 
 pub use sequence::Sequence;
 
@@ -85,7 +86,7 @@ pub fn default_kv() -> KvDtype {
 
 /// A model ready to read and write. Cheap to share; sequences are separate objects.
 pub struct Engine {
-    model: Arc<Decoder>,
+    model: Arc<Network>,
     ropes: LayerRopes,
     rope: Option<RopeOverride>,
     fingerprint: String,
@@ -110,7 +111,7 @@ pub enum Want {
 
 impl Engine {
     /// Wraps a model. `fingerprint` names the weights; saved sessions carry it.
-    pub fn new(model: impl Into<Arc<Decoder>>, fingerprint: String) -> Result<Self> {
+    pub fn new(model: impl Into<Arc<Network>>, fingerprint: String) -> Result<Self> {
         let model = model.into();
         let ropes = LayerRopes::new(model.config())?;
         let weights = fingerprint.clone();
@@ -131,7 +132,7 @@ impl Engine {
     /// Wraps a model with another rotary rule than its own, on every layer that sees the whole text. The
     /// fingerprint then names the rule and its frequencies too. Errors say why a rule does not fit.
     pub fn with_rope(
-        model: impl Into<Arc<Decoder>>,
+        model: impl Into<Arc<Network>>,
         fingerprint: &str,
         rope: RopeOverride,
     ) -> Result<Self> {
@@ -162,7 +163,7 @@ impl Engine {
     }
 
     fn with_ropes(
-        model: Arc<Decoder>,
+        model: Arc<Network>,
         ropes: LayerRopes,
         rope: Option<RopeOverride>,
         fingerprint: String,
@@ -196,7 +197,7 @@ impl Engine {
     }
 
     /// The model.
-    pub fn model(&self) -> &Decoder {
+    pub fn model(&self) -> &Network {
         &self.model
     }
 
@@ -210,8 +211,12 @@ impl Engine {
         self.rope.as_ref()
     }
 
-    /// The trained window in tokens, or the one that the rotary rule set by hand stretches it to.
+    /// The trained window in tokens, or the one that the rotary rule set by hand stretches it to. A model that carries a
+    /// state has none: it reads on at constant cost.
     pub fn window(&self) -> u64 {
+        if self.model.recurrent().is_some() {
+            return u64::from(u32::MAX);
+        }
         let trained = self.model.config().context_length;
         match &self.rope {
             Some(_) => self.ropes.stretched_window().unwrap_or(trained) as u64,
@@ -254,6 +259,12 @@ impl Engine {
             );
             return Err(EngineError::Refused(message));
         }
+        if self.model.recurrent().is_some() && options.context != ContextConfig::Full {
+            return Err(EngineError::Refused(format!(
+                "--context {}: this model carries a state of fixed size and caches no keys that a policy could choose from; leave --context away",
+                options.context
+            )));
+        }
         let policy = options.context.build(self.window())?;
         let spec = policy.spec();
         let follows_length = self.ropes.depend_on_length();
@@ -292,7 +303,7 @@ impl Engine {
             tokens: Vec::new(),
             store: KvStore::new(
                 self.layout(options.kv),
-                config.num_layers,
+                self.model.recurrent().map_or(config.num_layers, |_| 0),
                 keep_raw,
                 spec.first_page,
                 tier,
@@ -305,6 +316,7 @@ impl Engine {
                 .iter()
                 .map(|rope| rope.frequencies(None))
                 .collect(),
+            states: self.model.recurrent().map(Recurrent::start).transpose()?,
             dense: Vec::new(),
             committed: None,
             broken: false,
@@ -382,6 +394,9 @@ impl Engine {
         }
         rows.iter_mut()
             .for_each(|(sequence, _)| sequence.broken = true);
+        if let Some(recurrent) = self.model.recurrent() {
+            return self.forward_states(recurrent, rows, want);
+        }
         let hidden = if self.model.device().is_cpu() {
             self.hidden_paged(rows, &ids)?
         } else {
@@ -573,15 +588,18 @@ impl Engine {
         if len >= sequence.len() {
             return Ok(());
         }
-        if sequence.policy.spec().rewinds
-            && self.model.device().is_cpu()
-            && sequence.store_is_whole()
-        {
+        if sequence.spec().rewinds && self.model.device().is_cpu() && sequence.store_is_whole() {
             sequence.store.truncate(len as u64);
             sequence.tokens.truncate(len);
             return Ok(());
         }
         let Some(mark) = sequence.committed.take().filter(|mark| mark.len() <= len) else {
+            if sequence.states.is_some() {
+                return Err(EngineError::Refused(format!(
+                    "this model carries a state, which cannot be turned back: a sequence of {} tokens cannot return to {len}, only to lengths since its last commit",
+                    sequence.len()
+                )));
+            }
             let message = format!(
                 "under {} keys are dropped as the model reads: a sequence of {} tokens cannot return to {len}, only to lengths since its last commit",
                 sequence.options.context.name(),

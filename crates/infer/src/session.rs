@@ -18,6 +18,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+mod states;
+
 const MAGIC: &[u8; 16] = b"longspan session";
 const VERSION: u64 = 1;
 
@@ -227,7 +229,10 @@ impl SessionDir {
                 .collect::<Vec<_>>(),
         )?;
         let mut policy = Vec::new();
-        sequence.policy.save(&mut policy)?;
+        match &sequence.states {
+            Some(states) => states::save(&mut policy, states)?,
+            None => sequence.policy.save(&mut policy)?,
+        }
         write_bytes(&mut index, &policy)?;
         write_bytes(&mut index, &tables)?;
         let hash = blake3::hash(&index);
@@ -351,10 +356,11 @@ impl SessionDir {
                 return Err(EngineError::Session(message));
             }
         }
-        sequence
-            .policy
-            .load(&mut &policy[..])
-            .map_err(|error| named(&path, error))?;
+        let loaded = match &mut sequence.states {
+            Some(states) => states::load(&mut &policy[..], states, tokens.len()),
+            None => sequence.policy.load(&mut &policy[..]),
+        };
+        loaded.map_err(|error| named(&path, error))?;
         sequence.tokens = tokens;
         sequence.expected_length = header.expected_length;
         engine.restore_frequencies(&mut sequence);

@@ -258,6 +258,69 @@ pub fn exp(x: f32) -> f32 {
     value * f32::from_bits(n.wrapping_add(127) << 23)
 }
 
+/// `mean = beta mean + rest x`, or of x².
+pub fn running_mean(mean: &mut [f32], x: &[f32], beta: f32, rest: f32, square: bool) {
+    assert_eq!(mean.len(), x.len(), "running_mean: lengths differ");
+    let shared = SharedMut::new(mean);
+    split_rows(x.len().div_ceil(1024), 1024, |first, rows| {
+        let range = first * 1024..((first + rows) * 1024).min(x.len());
+        // SAFETY: pieces are disjoint.
+        let mean = unsafe { shared.slice(range.start, range.len()) };
+        running_mean_rows(mean, &x[range], beta, rest, square);
+    });
+}
+
+multiversion! {
+    fn running_mean_rows(mean: &mut [f32], x: &[f32], beta: f32, rest: f32, square: bool) {
+        if square {
+            for (mean, &x) in mean.iter_mut().zip(x) {
+                *mean = beta * *mean + rest * (x * x);
+            }
+        } else {
+            for (mean, &x) in mean.iter_mut().zip(x) {
+                *mean = beta * *mean + rest * x;
+            }
+        }
+    }
+}
+
+/// Factors of a step of Adam.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamStep {
+    /// Of the weight: 1 - learning rate times decay.
+    pub keep: f32,
+    /// Learning rate over the first moment's correction.
+    pub rate: f32,
+    /// One over the second moment's correction.
+    pub second: f32,
+    /// Added to the root.
+    pub eps: f32,
+}
+
+/// `weight = keep weight - rate first / (sqrt(second moment) + eps)`.
+pub fn adam_step(weight: &mut [f32], first: &[f32], second: &[f32], step: &AdamStep) {
+    assert!(
+        weight.len() == first.len() && weight.len() == second.len(),
+        "adam_step: lengths differ"
+    );
+    let shared = SharedMut::new(weight);
+    split_rows(first.len().div_ceil(1024), 1024, |from, rows| {
+        let range = from * 1024..((from + rows) * 1024).min(first.len());
+        // SAFETY: pieces are disjoint.
+        let weight = unsafe { shared.slice(range.start, range.len()) };
+        adam_rows(weight, &first[range.clone()], &second[range], step);
+    });
+}
+
+multiversion! {
+    fn adam_rows(weight: &mut [f32], first: &[f32], second: &[f32], step: &AdamStep) {
+        let s = *step;
+        for ((weight, &first), &second) in weight.iter_mut().zip(first).zip(second) {
+            *weight = s.keep * *weight - s.rate * first / ((second * s.second).sqrt() + s.eps);
+        }
+    }
+}
+
 /// `out += x`.
 pub fn add_assign(out: &mut [f32], x: &[f32]) {
     assert_eq!(out.len(), x.len(), "add_assign: lengths differ");

@@ -4,23 +4,32 @@
 //! Every fast kernel has a naive twin that stays as its oracle, and is dispatched at run time over
 //! [`cpu::Level`]: AMX, AVX-512, AVX2, portable.
 
+pub mod additive;
 pub mod attention;
 pub mod autograd;
 pub mod block_scores;
+pub mod causal;
 pub mod centroids;
 pub mod cpu;
+pub mod dense;
 pub mod elementwise;
 pub mod fftconv;
+pub mod learn;
 pub mod matmul;
+pub mod modal;
 pub mod ops;
 mod panel;
 pub mod pool;
 pub mod quant;
 pub mod recurrent;
 pub mod s4;
+pub mod selective;
 pub mod slots;
 pub mod ssd;
+pub mod ssd_policy;
 mod tile;
+pub mod tridiag;
 pub mod vandermonde;
+pub mod vq;
 #[cfg(target_arch = "x86_64")]
 mod words;

@@ -6,6 +6,7 @@
 //! Tokens of all sequences lie flat in the first dimension: activations are [tokens, width].
 
 use crate::elementwise::{self, Gate};
+use crate::learn;
 use crate::matmul::{Epilogue, PackedMatrix};
 use candle_core::{CpuStorage, D, Device, Result, Storage, Tensor, bail};
 use std::cell::RefCell;
@@ -40,20 +41,10 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Linear::Dense(parts) => {
-                let outputs = parts
-                    .iter()
-                    .map(|part| {
-                        let y = x.matmul(&part.weight.t()?)?;
-                        match &part.bias {
-                            Some(bias) => y.broadcast_add(bias),
-                            None => Ok(y),
-                        }
-                    })
-                    .collect::<Result<Vec<_>>>()?;
-                if outputs.len() == 1 {
-                    Ok(outputs.into_iter().next().unwrap())
-                } else {
-                    Tensor::cat(&outputs, D::Minus1)
+                let mut outputs = dense(parts, x)?;
+                match outputs.len() {
+                    1 => Ok(outputs.remove(0)),
+                    _ => Tensor::cat(&outputs, D::Minus1),
                 }
             }
             Linear::Packed { matrix, bias } => {
@@ -66,6 +57,17 @@ impl Linear {
             }
         }
     }
+}
+
+fn dense(parts: &[DensePart], x: &Tensor) -> Result<Vec<Tensor>> {
+    let outputs = parts.iter().map(|part| {
+        let y = x.matmul(&part.weight.t()?)?;
+        match &part.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    });
+    outputs.collect()
 }
 
 fn packed(
@@ -117,6 +119,9 @@ impl RmsNorm {
                 out
             })?;
             return Tensor::from_vec(out, x.shape(), &Device::Cpu);
+        }
+        if learn::fits(x) && self.weight.dtype() == x.dtype() {
+            return learn::rms_norm(x, &self.weight, self.eps);
         }
         let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
         x.broadcast_div(&(mean + self.eps)?.sqrt()?)?
@@ -227,6 +232,28 @@ pub fn norm_linear(x: &Tensor, norm: &RmsNorm, linear: &Linear) -> Result<Tensor
     matrix_tensor(out, tokens)
 }
 
+/// `linear(norm(x))` cut into outputs of these widths: x [tokens, width] to [tokens, width_i] each. Projections that are
+/// separate matrices are never put together, so that no gradient has to be taken apart.
+pub fn norm_linears(
+    x: &Tensor,
+    norm: &RmsNorm,
+    linear: &Linear,
+    widths: &[usize],
+) -> Result<Vec<Tensor>> {
+    if let Linear::Dense(parts) = linear
+        && parts.len() == widths.len()
+    {
+        return dense(parts, &norm.forward(x)?);
+    }
+    let all = norm_linear(x, norm, linear)?;
+    let mut start = 0;
+    let outputs = widths.iter().map(|&width| {
+        start += width;
+        all.narrow(1, start - width, width)
+    });
+    outputs.collect()
+}
+
 /// `residual + post_norm(linear(x))`, post_norm optional (Gemma's sandwich norm).
 pub fn linear_residual(
     x: &Tensor,
@@ -292,14 +319,23 @@ pub fn gated_mlp(
             Some(norm) => x + norm.forward(&y)?,
         };
     }
-    let both = gate_up.forward(&norm.forward(x)?)?; // [tokens, 2 * intermediate]
-    let width = both.dim(1)? / 2;
-    let (g, up) = (both.narrow(1, 0, width)?, both.narrow(1, width, width)?);
-    let activated = match gate {
-        Gate::Silu => g.silu()?,
-        Gate::GeluTanh => g.gelu()?,
+    let width = match gate_up {
+        Linear::Dense(parts) => {
+            parts
+                .iter()
+                .map(|part| part.weight.dims()[0])
+                .sum::<usize>()
+                / 2
+        }
+        Linear::Packed { matrix, .. } => matrix.rows() / 2,
     };
-    let hidden = (activated * up)?;
+    let both = norm_linears(x, norm, gate_up, &[width, width])?;
+    let (g, up) = (&both[0], &both[1]); // [tokens, intermediate] each
+    let hidden = match gate {
+        Gate::Silu if learn::fits(g) => learn::silu_gate(g, Some(up))?,
+        Gate::Silu => (g.silu()? * up)?,
+        Gate::GeluTanh => (g.gelu()? * up)?,
+    };
     linear_residual(&hidden, down, post_norm, x)
 }
 

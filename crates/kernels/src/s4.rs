@@ -206,14 +206,16 @@ impl Kernel for Diagonal {
     fn backward<T: Real>(&self, inputs: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
         let Sizes { heads, channels, n } = self.sizes;
         let (a, b, c) = (complex(inputs[1]), complex(inputs[2]), complex(inputs[3]));
-        let mut grad_dt = vec![0f64; channels];
-        let mut grad_a = vec![C::ZERO; a.len()];
-        let mut grad_b = vec![C::ZERO; b.len()];
-        let mut grad_c = vec![C::ZERO; c.len()];
-        for h in 0..channels {
+        // Per channel: dt, A [n], B [n], C [heads, n].
+        type Part = (f64, Vec<C>, Vec<C>, Vec<C>);
+        let mut parts: Vec<Part> = vec![Default::default(); channels];
+        let shared = SharedMut::new(&mut parts);
+        Pool::global().for_each(channels, |h| {
             let dt = inputs[0][h].wide();
             let modes: Vec<Mode> = (0..n).map(|i| self.mode(dt, a[h * n + i])).collect();
             let x: Vec<C> = modes.iter().map(|mode| mode.x).collect();
+            let (mut grad_dt, mut grad_a, mut grad_b) = (0f64, vec![C::ZERO; n], vec![C::ZERO; n]);
+            let mut grad_c = vec![C::ZERO; heads * n];
             for head in 0..heads {
                 let row = head * channels + h;
                 let v: Vec<C> = (0..n)
@@ -226,8 +228,8 @@ impl Kernel for Diagonal {
                 let (grad_v, grad_x) = vandermonde_backward(&v, &x, &g);
                 for i in 0..n {
                     let (mode, b_i, c_i) = (&modes[i], b[h * n + i], c[row * n + i]);
-                    grad_c[row * n + i] += grad_v[i] * (b_i * mode.f).conj();
-                    grad_b[h * n + i] += grad_v[i] * (c_i * mode.f).conj();
+                    grad_c[head * n + i] += grad_v[i] * (b_i * mode.f).conj();
+                    grad_b[i] += grad_v[i] * (c_i * mode.f).conj();
                     let grad_f = grad_v[i] * (b_i * c_i).conj();
                     let mut grad_x = grad_x[i];
                     if let Discretisation::Dss(eps) = self.discretisation {
@@ -241,18 +243,35 @@ impl Kernel for Diagonal {
                         grad_x += grad_f * (mode.x.exp() * r).conj() / 2.0;
                         let grad_q =
                             grad_r.conj() * m - q * (2.0 * m * m * (grad_r.conj() * q.conj()).re);
-                        grad_a[h * n + i] += grad_q * large.conj();
+                        grad_a[i] += grad_q * large.conj();
                         grad_x += grad_q * (a_i * length * (mode.x * length).exp()).conj();
                     }
-                    grad_a[h * n + i] += grad_x * mode.x_a.conj() + grad_f * mode.f_a.conj();
-                    grad_dt[h] += (grad_x * mode.x_dt.conj() + grad_f * mode.f_dt.conj()).re;
+                    grad_a[i] += grad_x * mode.x_a.conj() + grad_f * mode.f_a.conj();
+                    grad_dt += (grad_x * mode.x_dt.conj() + grad_f * mode.f_dt.conj()).re;
                 }
             }
-        }
+            // SAFETY: this channel's part belongs to this job alone.
+            unsafe { shared.slice(h, 1)[0] = (grad_dt, grad_a, grad_b, grad_c) };
+        });
+        let all = |of: &dyn Fn(&Part) -> &[C]| -> Vec<T> {
+            pairs(
+                &parts
+                    .iter()
+                    .flat_map(|part| of(part).to_vec())
+                    .collect::<Vec<C>>(),
+            )
+        };
+        let grad_c: Vec<C> = (0..heads)
+            .flat_map(|head| {
+                parts
+                    .iter()
+                    .flat_map(move |part| part.3[head * n..][..n].to_vec())
+            })
+            .collect();
         vec![
-            grad_dt.into_iter().map(T::of).collect(),
-            pairs(&grad_a),
-            pairs(&grad_b),
+            parts.iter().map(|part| T::of(part.0)).collect(),
+            all(&|part| &part.1),
+            all(&|part| &part.2),
             pairs(&grad_c),
         ]
     }

@@ -5,6 +5,7 @@
 //! Complex tensors are real ones with a last axis of 2.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::cpu::Level;
 use candle_core::{Result, Tensor, bail};
 use rustfft::num_complex::Complex64 as C;
 
@@ -24,20 +25,48 @@ pub(crate) fn pairs<T: Real>(values: &[C]) -> Vec<T> {
         .collect()
 }
 
+/// Numbers that go through a loop side by side.
+const LANES: usize = 8;
+
+/// Compiles a body for each vector width and picks by the level.
+macro_rules! levels {
+    ($vis:vis $name:ident / $body:ident / $wide:ident / $middle:ident ($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)?) => {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+        unsafe fn $wide($($arg: $ty),*) $(-> $out)? { $body($($arg),*) }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn $middle($($arg: $ty),*) $(-> $out)? { $body($($arg),*) }
+        $vis fn $name(level: Level, $($arg: $ty),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the level says that the CPU has the features.
+            match level {
+                Level::Amx | Level::Avx512 => return unsafe { $wide($($arg),*) },
+                Level::Avx2 => return unsafe { $middle($($arg),*) },
+                Level::Portable => {}
+            }
+            let _ = level;
+            $body($($arg),*)
+        }
+    };
+}
+
+levels!(cauchy_at / cauchy_body / cauchy_wide / cauchy_middle (
+    v: &[&[C]], w: &[C], z: &[C]
+) -> Vec<Vec<C>>);
+levels!(cauchy_back_at / cauchy_back_body / cauchy_back_wide / cauchy_back_middle (
+    v: &[&[C]], w: &[C], z: &[C], gradient: &[Vec<C>]
+) -> (Vec<Vec<C>>, Vec<C>));
+levels!(vandermonde_at / vandermonde_body / vandermonde_wide / vandermonde_middle (
+    v: &[C], x: &[C], out: &mut [f64]
+));
+levels!(vandermonde_back_at / vandermonde_back_body / vandermonde_back_wide / vandermonde_back_middle (
+    v: &[C], x: &[C], gradient: &[f64]
+) -> (Vec<C>, Vec<C>));
+
 /// Several Cauchy products with the same poles w: out[k][l] for the weights v[k][n].
 pub(crate) fn cauchy_many(v: &[&[C]], w: &[C], z: &[C]) -> Vec<Vec<C>> {
-    let mut out = vec![vec![C::ZERO; z.len()]; v.len()];
-    for (n, &w) in w.iter().enumerate() {
-        // v/(z-w) + v̄/(z-w̄) = (a z - b) / (z² - p z + q), all coefficients real.
-        let (p, q) = (2.0 * w.re, w.norm_sqr());
-        for (out, v) in out.iter_mut().zip(v) {
-            let (a, b) = (2.0 * v[n].re, 2.0 * (v[n] * w.conj()).re);
-            for (out, &z) in out.iter_mut().zip(z) {
-                *out += (z * a - b) / (z * (z - p) + q);
-            }
-        }
-    }
-    out
+    cauchy_at(Level::current(), v, w, z)
 }
 
 /// Gradients of [`cauchy_many`] with respect to v and w, given those of its outputs (dL = Re Σ conj(ḡ) dg).
@@ -47,34 +76,139 @@ pub(crate) fn cauchy_many_backward(
     z: &[C],
     gradient: &[Vec<C>],
 ) -> (Vec<Vec<C>>, Vec<C>) {
+    cauchy_back_at(Level::current(), v, w, z, gradient)
+}
+
+/// Nodes side by side: real and imaginary parts, and 1 / (z² - p z + q) of a pole.
+#[derive(Clone, Copy)]
+struct Nodes {
+    re: [f64; LANES],
+    im: [f64; LANES],
+    inverse_re: [f64; LANES],
+    inverse_im: [f64; LANES],
+}
+
+impl Nodes {
+    /// Up to eight nodes; what is missing is repeated.
+    #[inline(always)]
+    fn new(z: &[C]) -> Self {
+        let at = |lane: usize| z[lane.min(z.len() - 1)];
+        Nodes {
+            re: std::array::from_fn(|lane| at(lane).re),
+            im: std::array::from_fn(|lane| at(lane).im),
+            inverse_re: [0.0; LANES],
+            inverse_im: [0.0; LANES],
+        }
+    }
+
+    #[inline(always)]
+    fn invert(&mut self, p: f64, q: f64) {
+        for lane in 0..LANES {
+            let (x, y) = (self.re[lane], self.im[lane]);
+            let (re, im) = (x * (x - p) - y * y + q, y * (2.0 * x - p));
+            let inverse = 1.0 / (re * re + im * im);
+            self.inverse_re[lane] = re * inverse;
+            self.inverse_im[lane] = -im * inverse;
+        }
+    }
+}
+
+#[inline(always)]
+fn cauchy_body(v: &[&[C]], w: &[C], z: &[C]) -> Vec<Vec<C>> {
+    let mut out = vec![vec![C::ZERO; z.len()]; v.len()];
+    for (block, z) in z.chunks(LANES).enumerate() {
+        let mut nodes = Nodes::new(z);
+        let mut sums = vec![([0f64; LANES], [0f64; LANES]); v.len()];
+        for (n, &w) in w.iter().enumerate() {
+            // v/(z-w) + v̄/(z-w̄) = (a z - b) / (z² - p z + q), all coefficients real.
+            nodes.invert(2.0 * w.re, w.norm_sqr());
+            for ((re, im), v) in sums.iter_mut().zip(v) {
+                let (a, b) = (2.0 * v[n].re, 2.0 * (v[n] * w.conj()).re);
+                for lane in 0..LANES {
+                    let (x, y) = (a * nodes.re[lane] - b, a * nodes.im[lane]);
+                    let (i, j) = (nodes.inverse_re[lane], nodes.inverse_im[lane]);
+                    re[lane] += x * i - y * j;
+                    im[lane] += x * j + y * i;
+                }
+            }
+        }
+        for (out, (re, im)) in out.iter_mut().zip(sums) {
+            for (lane, out) in out[block * LANES..].iter_mut().take(LANES).enumerate() {
+                *out = C::new(re[lane], im[lane]);
+            }
+        }
+    }
+    out
+}
+
+#[inline(always)]
+fn cauchy_back_body(v: &[&[C]], w: &[C], z: &[C], gradient: &[Vec<C>]) -> (Vec<Vec<C>>, Vec<C>) {
     let mut grad_v = vec![vec![C::ZERO; w.len()]; v.len()];
     let mut grad_w = vec![C::ZERO; w.len()];
     for (n, &w) in w.iter().enumerate() {
         let (p, q) = (2.0 * w.re, w.norm_sqr());
-        let (mut grad_p, mut grad_q) = (0.0, 0.0);
-        let mut grad_ab = vec![(0.0, 0.0); v.len()];
-        for (l, &z) in z.iter().enumerate() {
-            let inverse = (z * (z - p) + q).inv();
-            let mut sum = C::ZERO;
+        let (mut grad_p, mut grad_q) = ([0f64; LANES], [0f64; LANES]);
+        let mut grad_ab = vec![([0f64; LANES], [0f64; LANES]); v.len()];
+        for (block, z) in z.chunks(LANES).enumerate() {
+            let mut nodes = Nodes::new(z);
+            nodes.invert(p, q);
+            let (mut sum_re, mut sum_im) = ([0f64; LANES], [0f64; LANES]);
             for (k, v) in v.iter().enumerate() {
                 let (a, b) = (2.0 * v[n].re, 2.0 * (v[n] * w.conj()).re);
-                let g = gradient[k][l].conj() * inverse;
-                grad_ab[k].0 += (g * z).re;
-                grad_ab[k].1 -= g.re;
-                sum += g * (z * a - b);
+                let (mut gr, mut gi) = ([0f64; LANES], [0f64; LANES]);
+                for (lane, g) in gradient[k][block * LANES..].iter().take(LANES).enumerate() {
+                    (gr[lane], gi[lane]) = (g.re, -g.im);
+                }
+                let (grad_a, grad_b) = &mut grad_ab[k];
+                for lane in 0..LANES {
+                    let (i, j) = (nodes.inverse_re[lane], nodes.inverse_im[lane]);
+                    let (re, im) = (gr[lane] * i - gi[lane] * j, gr[lane] * j + gi[lane] * i);
+                    let (x, y) = (nodes.re[lane], nodes.im[lane]);
+                    grad_a[lane] += re * x - im * y;
+                    grad_b[lane] -= re;
+                    let (x, y) = (a * x - b, a * y);
+                    sum_re[lane] += re * x - im * y;
+                    sum_im[lane] += re * y + im * x;
+                }
             }
-            let sum = sum * inverse;
-            grad_p += (sum * z).re;
-            grad_q -= sum.re;
+            for lane in 0..LANES {
+                let (i, j) = (nodes.inverse_re[lane], nodes.inverse_im[lane]);
+                let (re, im) = (
+                    sum_re[lane] * i - sum_im[lane] * j,
+                    sum_re[lane] * j + sum_im[lane] * i,
+                );
+                grad_p[lane] += re * nodes.re[lane] - im * nodes.im[lane];
+                grad_q[lane] -= re;
+            }
         }
+        let sum = |lanes: [f64; LANES]| lanes.iter().sum::<f64>();
         // p = 2 Re w, q = |w|², a = 2 Re v, b = 2 Re(v w̄)
-        grad_w[n] += C::new(2.0 * grad_p, 0.0) + w * (2.0 * grad_q);
+        grad_w[n] += C::new(2.0 * sum(grad_p), 0.0) + w * (2.0 * sum(grad_q));
         for (k, (a, b)) in grad_ab.into_iter().enumerate() {
+            let (a, b) = (sum(a), sum(b));
             grad_v[k][n] = C::new(2.0 * a, 0.0) + w * (2.0 * b);
             grad_w[n] += v[k][n] * (2.0 * b);
         }
     }
     (grad_v, grad_w)
+}
+
+/// The naive twins of [`cauchy_many`] and [`vandermonde_add`]: their definitions.
+#[cfg(test)]
+fn naive(v: &[C], w: &[C], z: &[C], length: usize) -> (Vec<C>, Vec<f64>) {
+    let cauchy = z.iter().map(|z| {
+        let terms = v.iter().zip(w);
+        terms
+            .map(|(v, w)| v / (z - w) + v.conj() / (z - w.conj()))
+            .sum()
+    });
+    let powers = (0..length).map(|l| {
+        let terms = v.iter().zip(w);
+        2.0 * terms
+            .map(|(v, x)| (v * (x * l as f64).exp()).re)
+            .sum::<f64>()
+    });
+    (cauchy.collect(), powers.collect())
 }
 
 /// v [rows, n, 2], w [rows, n, 2], nodes z [l, 2] (no gradient) to [rows, l, 2].
@@ -135,37 +269,103 @@ const RENEW: usize = 64;
 
 /// out[l] += 2 Re Σ_n v_n e^{l x_n}, without a table of powers.
 pub(crate) fn vandermonde_add(v: &[C], x: &[C], out: &mut [f64]) {
+    vandermonde_at(Level::current(), v, x, out);
+}
+
+/// Gradients of [`vandermonde_add`] with respect to v and x.
+pub(crate) fn vandermonde_backward(v: &[C], x: &[C], gradient: &[f64]) -> (Vec<C>, Vec<C>) {
+    vandermonde_back_at(Level::current(), v, x, gradient)
+}
+
+/// Eight powers in a row, and the factor to the next eight.
+struct Powers {
+    re: [f64; LANES],
+    im: [f64; LANES],
+    next: C,
+}
+
+impl Powers {
+    #[inline(always)]
+    fn new(start: C, step: C) -> Self {
+        let (mut re, mut im) = ([0f64; LANES], [0f64; LANES]);
+        let mut power = start;
+        for lane in 0..LANES {
+            (re[lane], im[lane]) = (power.re, power.im);
+            power *= step;
+        }
+        let two = step * step;
+        let four = two * two;
+        Powers {
+            re,
+            im,
+            next: four * four,
+        }
+    }
+
+    #[inline(always)]
+    fn advance(&mut self) {
+        let (a, b) = (self.next.re, self.next.im);
+        for lane in 0..LANES {
+            let (x, y) = (self.re[lane], self.im[lane]);
+            self.re[lane] = x * a - y * b;
+            self.im[lane] = x * b + y * a;
+        }
+    }
+}
+
+#[inline(always)]
+fn vandermonde_body(v: &[C], x: &[C], out: &mut [f64]) {
     for (&v, &x) in v.iter().zip(x) {
         let step = x.exp();
         for (block, out) in out.chunks_mut(RENEW).enumerate() {
-            let mut power = v * (x * (block * RENEW) as f64).exp() * 2.0;
-            for out in out {
-                *out += power.re;
-                power *= step;
+            let start = v * (x * (block * RENEW) as f64).exp() * 2.0;
+            let mut powers = Powers::new(start, step);
+            let mut eights = out.chunks_exact_mut(LANES);
+            for out in &mut eights {
+                for lane in 0..LANES {
+                    out[lane] += powers.re[lane];
+                }
+                powers.advance();
+            }
+            for (out, re) in eights.into_remainder().iter_mut().zip(powers.re) {
+                *out += re;
             }
         }
     }
 }
 
-/// Gradients of [`vandermonde_add`] with respect to v and x.
-pub(crate) fn vandermonde_backward(v: &[C], x: &[C], gradient: &[f64]) -> (Vec<C>, Vec<C>) {
-    v.iter()
-        .zip(x)
-        .map(|(&v, &x)| {
-            let step = x.exp();
-            let (mut sum, mut moment) = (C::ZERO, C::ZERO);
-            for (block, gradient) in gradient.chunks(RENEW).enumerate() {
-                let start = block * RENEW;
-                let mut power = (x * start as f64).exp();
-                for (offset, &g) in gradient.iter().enumerate() {
-                    sum += power * g;
-                    moment += power * (g * (start + offset) as f64);
-                    power *= step;
+#[inline(always)]
+fn vandermonde_back_body(v: &[C], x: &[C], gradient: &[f64]) -> (Vec<C>, Vec<C>) {
+    let one = |(&v, &x): (&C, &C)| {
+        let step = x.exp();
+        let (mut sum_re, mut sum_im) = ([0f64; LANES], [0f64; LANES]);
+        let (mut moment_re, mut moment_im) = ([0f64; LANES], [0f64; LANES]);
+        for (block, gradient) in gradient.chunks(RENEW).enumerate() {
+            let start = block * RENEW;
+            let mut powers = Powers::new((x * start as f64).exp(), step);
+            for (eight, gradient) in gradient.chunks(LANES).enumerate() {
+                let mut g = [0f64; LANES];
+                g[..gradient.len()].copy_from_slice(gradient);
+                let first = (start + eight * LANES) as f64;
+                for lane in 0..LANES {
+                    let (re, im) = (powers.re[lane] * g[lane], powers.im[lane] * g[lane]);
+                    let at = first + lane as f64;
+                    sum_re[lane] += re;
+                    sum_im[lane] += im;
+                    moment_re[lane] += re * at;
+                    moment_im[lane] += im * at;
                 }
+                powers.advance();
             }
-            ((sum * 2.0).conj(), (moment * v * 2.0).conj())
-        })
-        .unzip()
+        }
+        let sum = |lanes: [f64; LANES]| lanes.iter().sum::<f64>();
+        let (total, moment) = (
+            C::new(sum(sum_re), sum(sum_im)),
+            C::new(sum(moment_re), sum(moment_im)),
+        );
+        ((total * 2.0).conj(), (moment * v * 2.0).conj())
+    };
+    v.iter().zip(x).map(one).unzip()
 }
 
 /// v [rows, n, 2], x [rows, n, 2] to [rows, length].
@@ -246,24 +446,52 @@ mod tests {
                 .to_vec1::<f64>()
                 .unwrap(),
         );
-        let z: Vec<C> = (0..9).map(|l| C::new(0.1, l as f64)).collect();
-        for (l, found) in cauchy_many(&[&v], &w, &z)[0].iter().enumerate() {
-            let direct: C = v
-                .iter()
-                .zip(&w)
-                .map(|(v, w)| v / (z[l] - w) + v.conj() / (z[l] - w.conj()))
-                .sum();
-            assert!((found - direct).norm() < 1e-12);
-        }
-        let mut found = vec![0.0; 200];
-        vandermonde_add(&v, &w, &mut found);
-        for (l, found) in found.iter().enumerate() {
-            let direct: C = v
-                .iter()
-                .zip(&w)
-                .map(|(v, w)| v * (w * l as f64).exp())
-                .sum();
-            assert!((found - 2.0 * direct.re).abs() < 1e-12);
+        for count in [1usize, 8, 9, 29] {
+            let z: Vec<C> = (0..count).map(|l| C::new(0.1, l as f64)).collect();
+            let length = 23 * count;
+            let (products, powers) = naive(&v, &w, &z, length);
+            let other: Vec<C> = v.iter().map(|v| v * 2.0).collect();
+            let gradient: Vec<f64> = (0..length).map(|l| ((l * 7) % 5) as f64 - 2.0).collect();
+            let g: Vec<Vec<C>> = (0..2)
+                .map(|k| {
+                    (0..count)
+                        .map(|l| C::new(((l * 3 + k) % 5) as f64 - 2.0, 0.5))
+                        .collect()
+                })
+                .collect();
+            let exact = (
+                cauchy_back_at(Level::Portable, &[&v, &other], &w, &z, &g),
+                vandermonde_back_at(Level::Portable, &v, &w, &gradient),
+            );
+            let near = |a: &[C], b: &[C]| {
+                a.iter()
+                    .zip(b)
+                    .all(|(a, b)| (a - b).norm() < 1e-9 * b.norm().max(1.0))
+            };
+            for level in Level::available() {
+                let found = cauchy_at(level, &[&v, &other], &w, &z);
+                assert!(near(&found[0], &products), "{level:?} {count}");
+                let twice: Vec<C> = products.iter().map(|p| p * 2.0).collect();
+                assert!(near(&found[1], &twice), "{level:?} {count}");
+                let mut found = vec![0.0; length];
+                vandermonde_at(level, &v, &w, &mut found);
+                let close = found
+                    .iter()
+                    .zip(&powers)
+                    .all(|(a, b)| (a - b).abs() < 1e-12);
+                assert!(close, "{level:?} {count}");
+                let (grad_v, grad_w) = cauchy_back_at(level, &[&v, &other], &w, &z, &g);
+                let (exact_v, exact_w) = &exact.0;
+                assert!(
+                    near(&grad_v[1], &exact_v[1]) && near(&grad_w, exact_w),
+                    "{level:?}"
+                );
+                let (grad_v, grad_x) = vandermonde_back_at(level, &v, &w, &gradient);
+                assert!(
+                    near(&grad_v, &exact.1.0) && near(&grad_x, &exact.1.1),
+                    "{level:?}"
+                );
+            }
         }
     }
 

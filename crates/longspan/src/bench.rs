@@ -23,6 +23,8 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
             tokens,
             repeat,
         } => speed(prefill, decode, *tokens, *repeat, common),
+        Bench::Mixers(args) => crate::bench_mixers::run(args, common),
+        Bench::Train(args) => crate::bench_train::run(args, common),
         Bench::Decode(args) => crate::bench_decode::run(args, common),
         Bench::Dialogue(args) => crate::bench_dialogue::run(args, common),
         Bench::Attention(args) => crate::bench_attention::run(args, common),

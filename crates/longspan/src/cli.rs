@@ -441,6 +441,13 @@ Needle tasks make texts of the length; LongBench and M4LE rows are surrounded by
 Facts of invented places, each among passages that share its place or its kind; questions in other words.
 --out holds every answer; the same command goes on where it stopped.")]
     Rag(crate::bench_rag::RagBench),
+    /// Time and memory of each sequence mixer against the length, and the powers of length they grow with
+    #[command(
+        after_help = "Example: longspan bench mixers s4 mamba2:state_size=64 rnn:cell=lstm --lengths 1024,4096,16384"
+    )]
+    Mixers(crate::bench_mixers::MixersBench),
+    /// Training throughput of a transformer and a Mamba-2 of 10 M parameters (see scripts/peers/train_torch.py)
+    Train(crate::bench_train::TrainBench),
     /// Agreement with reference logits (see scripts/parity/reference.py)
     Parity {
         /// Safetensors with input_ids and logits, or input_ids and nll

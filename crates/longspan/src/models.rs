@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 use longspan_agents::LocalModel;
 use longspan_infer::Engine;
 use longspan_nn::hub::{self, Event, Progress, Stage};
-use longspan_nn::model::{Decoder, Precision as Weights};
+use longspan_nn::model::Precision as Weights;
 use longspan_nn::position::{LayerRopes, RopeOverride};
 use longspan_nn::weights::Checkpoint;
 use std::path::{Path, PathBuf};
@@ -192,12 +192,13 @@ pub fn open(common: &Common) -> Result<Opened> {
         (Precision::F32, _) => Weights::Dense(DType::F32),
     };
     longspan_kernels::pool::Pool::global().pin_caller();
-    let decoder = Decoder::load(&checkpoint.config, &*checkpoint.weights, weights, &device)
+    let network = checkpoint
+        .network(weights, &device)
         .with_context(|| format!("{}", path.display()))?;
     let fingerprint = checkpoint.fingerprint.to_string();
     let engine = match rope(common, &checkpoint, &path)? {
-        Some(rope) => Engine::with_rope(decoder, &fingerprint, rope)?,
-        None => Engine::new(decoder, fingerprint)?,
+        Some(rope) => Engine::with_rope(network, &fingerprint, rope)?,
+        None => Engine::new(network, fingerprint)?,
     };
     let model = LocalModel::new(engine, checkpoint.tokenizer)?;
     Ok(Opened {

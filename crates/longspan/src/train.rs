@@ -4,11 +4,13 @@ use crate::cli::Common;
 use crate::ui;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use longspan_train::comm::Comm;
 use longspan_train::config::{self, TrainConfig};
 use longspan_train::figure::{self, Curve};
 use longspan_train::reproduce;
 use longspan_train::run::{self, Event};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 #[derive(Args)]
@@ -51,7 +53,8 @@ pub enum Runs {
 
 #[derive(Args)]
 pub struct Reproduce {
-    /// nope, rnn-review, s4, or a recipe file
+    /// longvq, lssl, mamba-360, nope, order-matters, pointer-networks, rnn-review, s4, stuffed-mamba, task-hinting, or a
+    /// recipe file
     #[arg(value_name = "PAPER")]
     pub paper: String,
     /// Folder for the report and the figure
@@ -63,6 +66,24 @@ pub struct Reproduce {
     /// Optimiser steps instead of the recipe's number: for a quick look, not for the claim
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
+}
+
+/// The processes that `mpirun` started with this one.
+#[cfg(feature = "mpi")]
+fn processes() -> Result<Arc<dyn Comm>> {
+    Ok(match longspan_train::comm::Mpi::join()? {
+        Some(mpi) => Arc::new(mpi),
+        None => Arc::new(longspan_train::comm::Alone),
+    })
+}
+
+/// This process alone; under `mpirun` each process would train a model of its own into the same folder.
+#[cfg(not(feature = "mpi"))]
+fn processes() -> Result<Arc<dyn Comm>> {
+    if std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some_and(|size| size != "1") {
+        bail!("this build has no MPI; build with `cargo build --release --features mpi`");
+    }
+    Ok(Arc::new(longspan_train::comm::Alone))
 }
 
 /// Trains, or goes on training.
@@ -77,7 +98,8 @@ pub fn train(args: &Train, common: &Common) -> Result<()> {
         .unwrap_or_else(|| Path::new("runs").join(name));
     let bar = ui::bar(config.train.steps, "steps", common.json);
     let every = args.print_every.max(1);
-    let report = config::train(&config, &out, &mut |event| {
+    let processes = processes()?;
+    let report = config::train_with(&config, &out, processes.clone(), &mut |event| {
         match event {
             Event::Step(step) => {
                 bar.set_position(step.step);
@@ -116,8 +138,18 @@ pub fn train(args: &Train, common: &Common) -> Result<()> {
             }
         }
         !ui::interrupted()
-    })?;
+    });
+    let report = match report {
+        Err(error) if processes.size() > 1 => {
+            eprintln!("error: process {}: {error}", processes.rank());
+            processes.abort(1)
+        }
+        report => report?,
+    };
     bar.finish_and_clear();
+    if processes.rank() > 0 {
+        return Ok(());
+    }
     if !report.finished {
         return Err(ui::Interrupted(format!(
             "{} holds a checkpoint of step {}; the same command goes on",
@@ -237,18 +269,30 @@ pub fn reproduce(args: &Reproduce, common: &Common) -> Result<()> {
         match &mut recipe.experiment {
             reproduce::Experiment::Signals(signals) => signals.steps = steps,
             reproduce::Experiment::Length(length) => length.steps = steps,
+            reproduce::Experiment::Pointing(pointing) => pointing.set_steps(steps),
+            reproduce::Experiment::Orders(orders) => orders.set_steps(steps),
+            reproduce::Experiment::Hinting(hinting) => hinting.set_steps(steps),
+            reproduce::Experiment::Waves(waves) => waves.steps = steps,
+            reproduce::Experiment::Family(family) => family.set_steps(steps),
+            reproduce::Experiment::Collapse(collapse) => collapse.set_steps(steps),
         }
     }
     let bar = ui::bar(1000, "thousandths", common.json);
     let start = Instant::now();
-    let report = reproduce::run(&recipe, &mut |what, share| {
+    let kept = args.out.join(format!("{}.cells.json", recipe.paper));
+    let mut cells = reproduce::Cells::open(&kept, &recipe)?;
+    let report = reproduce::run_kept(&recipe, &mut cells, &mut |what, share| {
         bar.set_position((1000.0 * share) as u64);
         bar.set_message(what.to_string());
         !ui::interrupted()
     })?;
     bar.finish_and_clear();
     let Some(report) = report else {
-        return Err(ui::Interrupted("nothing was written".into()).into());
+        let kept = match kept.exists() {
+            true => format!("the same command goes on from {}", kept.display()),
+            false => "nothing was written".into(),
+        };
+        return Err(ui::Interrupted(kept).into());
     };
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot make {}", args.out.display()))?;

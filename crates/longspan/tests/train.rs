@@ -147,3 +147,90 @@ fn what_is_wrong_is_named() {
     let output = run(at, &["train", "missing.toml"]);
     assert!(text(&output.stderr).contains("missing.toml"));
 }
+
+const TEXT: &str = r#"
+seed = 1
+[model]
+MODEL
+[data]
+kind = "text"
+files = ["text.txt"]
+length = 48
+tokens = 192
+[optim]
+name = "adamw"
+lr = 1e-2
+[train]
+steps = 60
+"#;
+
+#[test]
+fn what_was_trained_generates() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path();
+    std::fs::write(at.join("text.txt"), "round and round it goes, ".repeat(40)).unwrap();
+    let stack = |mixer: &str| {
+        format!(
+            "kind = \"stack\"\nd_model = 32\nlayers = 2\nmlp_ratio = 2.0\nmixer = {{ {mixer} }}"
+        )
+    };
+    let decoder = "kind = \"decoder\"\nstd = 0.1\nconfig = { model_type = \"llama\", hidden_size = 32, \
+                   intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 2, rms_norm_eps = 1e-6, \
+                   tie_word_embeddings = true, max_position_embeddings = 64, hidden_act = \"silu\" }";
+    for (name, model) in [
+        (
+            "mamba2",
+            stack("kind = \"mamba2\", head_dim = 16, state_size = 8, chunk_size = 16"),
+        ),
+        (
+            "s4",
+            stack("kind = \"s4\", d_state = 16, l_max = 48, dt_transform = \"exp\""),
+        ),
+        ("gru", stack("kind = \"rnn\", cell = \"gru\"")),
+        ("decoder", decoder.to_string()),
+    ] {
+        let config = format!("{name}.toml");
+        std::fs::write(at.join(&config), TEXT.replace("MODEL", &model)).unwrap();
+        let trained = run(at, &["train", &config, "--out", name]);
+        assert!(
+            trained.status.success(),
+            "{name}: {}",
+            text(&trained.stderr)
+        );
+        let prompt = "round and round it goes, round and rou";
+        let words = [
+            "generate",
+            prompt,
+            "--model",
+            name,
+            "--max-tokens",
+            "6",
+            "--temperature",
+            "0",
+        ];
+        let written = run(at, &words);
+        assert!(
+            written.status.success(),
+            "{name}: {}",
+            text(&written.stderr)
+        );
+        assert!(
+            text(&written.stdout).contains("nd it "),
+            "{name}: {}",
+            text(&written.stdout)
+        );
+        let shown = text(&run(at, &["info", "--model", name]).stdout);
+        assert!(shown.contains("256"), "{name}: {shown}");
+        if name != "decoder" {
+            // What needs cached keys is refused, and says why.
+            let words = [&words[..], &["--context", "infllm"]].concat();
+            let refused = run(at, &words);
+            assert!(!refused.status.success());
+            assert!(
+                text(&refused.stderr).contains("state"),
+                "{}",
+                text(&refused.stderr)
+            );
+        }
+    }
+}

@@ -5,6 +5,9 @@
 
 mod gguf;
 mod hf;
+mod stack;
+
+pub use stack::{STACK, StackFile};
 
 use std::path::{Path, PathBuf};
 
@@ -28,6 +31,8 @@ pub enum Architecture {
     Gemma3,
     /// SmolLM3: every fourth layer has no position encoding.
     SmolLM3,
+    /// A stack of sequence mixers (Mamba-2, S4, recurrent nets): a state instead of keys.
+    Stack,
 }
 
 /// The activation of the gated MLP.

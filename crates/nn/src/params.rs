@@ -79,6 +79,8 @@ pub struct ParamStore {
     params: Mutex<BTreeMap<String, Param>>,
     /// Tensors of a checkpoint; none = draw.
     given: Option<HashMap<String, Tensor>>,
+    /// No gradients will be asked: tensors are handed out untracked.
+    frozen: bool,
     seed: u64,
     dtype: DType,
     device: Device,
@@ -90,6 +92,7 @@ impl ParamStore {
         ParamStore {
             params: Mutex::default(),
             given: None,
+            frozen: false,
             seed,
             dtype,
             device: device.clone(),
@@ -102,10 +105,17 @@ impl ParamStore {
         ParamStore {
             params: Mutex::default(),
             given: Some(tensors),
+            frozen: false,
             seed: 0,
             dtype,
             device: device.clone(),
         }
+    }
+
+    /// The same store for a model that only reads and writes: gradients stop at its parameters, so that no graph grows.
+    pub fn frozen(mut self) -> Self {
+        self.frozen = true;
+        self
     }
 
     /// The name space of the whole model.
@@ -180,6 +190,14 @@ impl ParamStore {
         }
     }
 
+    fn handed(&self, var: &Var) -> Tensor {
+        if self.frozen {
+            var.as_detached_tensor()
+        } else {
+            var.as_tensor().clone()
+        }
+    }
+
     fn locked(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Param>> {
         self.params
             .lock()
@@ -228,7 +246,7 @@ impl<'a> Params<'a> {
                     param.var.dims()
                 );
             }
-            return Ok(param.var.as_tensor().clone());
+            return Ok(self.store.handed(&param.var));
         }
         let values = match &self.store.given {
             Some(given) => match given.get(&full) {
@@ -245,7 +263,7 @@ impl<'a> Params<'a> {
             }
         };
         let var = Var::from_tensor(&values.to_dtype(self.store.dtype)?.detach().copy()?)?;
-        let tensor = var.as_tensor().clone();
+        let tensor = self.store.handed(&var);
         params.insert(full, Param { var, group });
         Ok(tensor)
     }

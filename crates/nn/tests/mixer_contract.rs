@@ -24,7 +24,32 @@ fn registry() -> Vec<(String, MixerConfig)> {
         r#"{"kind": "rnn", "cell": "tanh"}"#,
         r#"{"kind": "rnn", "cell": "lstm", "layers": 2, "hidden_size": 5}"#,
         r#"{"kind": "rnn", "cell": "gru"}"#,
+        r#"{"kind": "rnn", "cell": "lstm97"}"#,
+        r#"{"kind": "rnn", "cell": "peephole-lstm", "layers": 2, "hidden_size": 5}"#,
         r#"{"kind": "rnn", "cell": "gru", "bidirectional": true}"#,
+        r#"{"kind": "lssl", "order": 5, "dt_min": 0.05, "dt_max": 0.5}"#,
+        r#"{"kind": "lssl", "order": 4, "learn": 2, "measure": "lagt", "channels": 2, "alpha": 1.0}"#,
+        r#"{"kind": "lssl", "order": 4, "learn": 0, "measure": "legt", "zoh": true}"#,
+        r#"{"kind": "lssl", "order": 4, "learn": 0, "measure": "random", "projection": false}"#,
+        r#"{"kind": "lssl", "order": 6, "measure": "chebyshev", "rate": 2.0, "reference_rate_quirk": true}"#,
+        r#"{"kind": "dss", "n": 4, "dt_min": 0.05, "dt_max": 0.5}"#,
+        r#"{"kind": "dss", "n": 4, "version": "softmax", "l_max": 40, "glu": false}"#,
+        r#"{"kind": "s5", "p": 6, "blocks": 2, "dt_min": 0.05, "dt_max": 0.5}"#,
+        r#"{"kind": "liquid-s4", "d_state": 6, "degree": 3}"#,
+        r#"{"kind": "liquid-s4", "d_state": 6, "degree": null, "glu": false}"#,
+        r#"{"kind": "gss", "n": 4, "gate_width": 12, "ssm_width": 3}"#,
+        r#"{"kind": "h3", "n_shift": 3, "d_state": 6}"#,
+        r#"{"kind": "hyena", "l_max": 40, "filter_order": 6}"#,
+        r#"{"kind": "hyena", "order": 3, "l_max": 64, "filter_order": 5, "emb_dim": 5, "shift": 0.05}"#,
+        r#"{"kind": "lru", "n": 6}"#,
+        r#"{"kind": "ema", "ndim": 3}"#,
+        r#"{"kind": "ema", "ndim": 3, "bidirectional": true}"#,
+        r#"{"kind": "retention", "heads": 2, "chunk_size": 5}"#,
+        r#"{"kind": "mamba", "state_size": 3}"#,
+        r#"{"kind": "mamba", "state_size": 3, "use_bias": true, "conv_kernel": 1}"#,
+        r#"{"kind": "longvq", "key_dim": 4, "codes": 5, "block": 3, "ema_order": 2}"#,
+        r#"{"kind": "longvq", "key_dim": 4, "codes": 5, "block": 2, "memory": "none", "bias": false}"#,
+        r#"{"kind": "longvq", "key_dim": 4, "codes": 5, "block": 3, "ema_order": 2, "causal": false}"#,
     ]
     .iter()
     .map(|text| (text.to_string(), serde_json::from_str(text).unwrap()))
@@ -138,6 +163,10 @@ fn gradients_are_those_of_finite_differences() {
         let mixer = config
             .build(WIDTH, &store.root().at("m"), &store.root())
             .unwrap();
+        if let Some(reason) = mixer.estimated_gradient() {
+            assert!(!reason.is_empty(), "{name}");
+            continue;
+        }
         let x = Var::from_tensor(&input(1, 6, 4).to_dtype(DType::F64).unwrap()).unwrap();
         let weights = input(1, 6, 9).to_dtype(DType::F64).unwrap();
         let value = |x: &Tensor| {
@@ -150,6 +179,7 @@ fn gradients_are_those_of_finite_differences() {
             store
                 .list()
                 .into_iter()
+                .filter(|(_, param)| param.group.trainable)
                 .map(|(name, param)| (name, param.var)),
         );
         for (param, var) in vars {

@@ -359,6 +359,7 @@ fn mamba_config(case: &Case) -> Mamba2Config {
         use_bias: case.meta("use_bias").as_bool().unwrap(),
         use_conv_bias: case.meta("use_conv_bias").as_bool().unwrap(),
         layer_norm_epsilon: case.meta_f64("layer_norm_epsilon"),
+        ..Mamba2Config::default()
     }
 }
 

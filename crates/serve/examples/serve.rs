@@ -3,7 +3,7 @@
 use candle_core::Device;
 use longspan_agents::LocalModel;
 use longspan_infer::Engine;
-use longspan_nn::model::{Decoder, Precision, TextEncoder};
+use longspan_nn::model::{Precision, TextEncoder};
 use longspan_nn::weights::Checkpoint;
 use longspan_serve::{ServeOptions, Server};
 use std::error::Error;
@@ -14,9 +14,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let path = words.first().ok_or("name a model")?;
     let checkpoint = Checkpoint::open(Path::new(path))?;
-    let weights = &*checkpoint.weights;
-    let decoder = Decoder::load(&checkpoint.config, weights, Precision::Packed, &Device::Cpu)?;
-    let engine = Engine::new(decoder, checkpoint.fingerprint.to_string())?;
+    let network = checkpoint.network(Precision::Packed, &Device::Cpu)?;
+    let engine = Engine::new(network, checkpoint.fingerprint.to_string())?;
     let model = Arc::new(LocalModel::new(engine, checkpoint.tokenizer)?);
     let name = Path::new(path).file_stem().unwrap_or_default();
     let mut options = ServeOptions::new(name.to_string_lossy());

@@ -1,16 +1,17 @@
 //! A run as a TOML file: model, data, optimiser, loop. What `longspan train` reads.
 
 use crate::batch::PackedBatch;
+use crate::comm::{Alone, Comm};
 use crate::error::{At, Result, TrainError};
 use crate::exact::exact_match;
 use crate::objective::{LanguageModeling, Recompute};
 use crate::optim::{OptimConfig, Optimizer};
-use crate::run::{Event, RunFolder};
+use crate::run::{Event, RunFolder, take_up};
 use crate::source::{Source, TaskSource, TextSource};
 use crate::trainer::{LoopConfig, StepEvent, Trainer};
 use candle_core::{DType, Device};
 use longspan_data::task::TokenTask;
-use longspan_nn::config::ModelConfig;
+use longspan_nn::config::{ModelConfig, StackFile};
 use longspan_nn::model::{LanguageModel, StackConfig, StackLm, new_decoder};
 use longspan_nn::params::ParamStore;
 use serde::{Deserialize, Serialize};
@@ -147,6 +148,40 @@ impl TrainConfig {
         }
     }
 
+    /// `config.json`, and `tokenizer.json` where tokens are text: with them a checkpoint is a model to generate with.
+    fn model_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let vocab = self.vocab_size();
+        let (length, text) = match &self.data {
+            Data::Text { length, .. } => (Some(*length), true),
+            Data::Task { .. } => (None, false),
+        };
+        let model = match &self.model {
+            Model::Decoder { config, .. } => {
+                let mut json = config.clone();
+                json["vocab_size"] = vocab.into();
+                json
+            }
+            Model::Stack(stack) => StackFile {
+                stack: stack.clone(),
+                vocab_size: vocab,
+                trained_length: length,
+            }
+            .to_json(),
+        };
+        let mut files = vec![("config.json", model)];
+        if text {
+            files.push(("tokenizer.json", longspan_data::tokenize::byte_vocabulary()));
+        }
+        files
+            .into_iter()
+            .map(|(name, json)| {
+                let bytes = serde_json::to_vec_pretty(&json)
+                    .map_err(|error| TrainError::contents(Path::new(name), error))?;
+                Ok((name.to_string(), bytes))
+            })
+            .collect()
+    }
+
     fn source(&self) -> Result<Box<dyn Source<Batch = PackedBatch>>> {
         Ok(match &self.data {
             Data::Text {
@@ -212,6 +247,17 @@ pub fn train(
     out: &Path,
     watch: &mut dyn FnMut(&Event) -> bool,
 ) -> Result<RunReport> {
+    train_with(config, out, Arc::new(Alone), watch)
+}
+
+/// As [`train`], together with other processes that call it with the same arguments: they share the micro-batches of each
+/// step, process 0 writes the run's folder and decides when to stop, and any number of them gives the same bits.
+pub fn train_with(
+    config: &TrainConfig,
+    out: &Path,
+    comm: Arc<dyn Comm>,
+    watch: &mut dyn FnMut(&Event) -> bool,
+) -> Result<RunReport> {
     let params = Arc::new(ParamStore::new(config.seed, DType::F32, &Device::Cpu));
     let vocab = config.vocab_size();
     let mut stack = None;
@@ -248,8 +294,23 @@ pub fn train(
         objective,
         config.train.clone(),
     )?;
-    let mut run = RunFolder::open(out, &config.resolved()?, config.keep_last)?;
-    let resumed_at = run.resume(&mut trainer)?.then_some(trainer.step);
+    trainer.comm = comm.clone();
+    let first = comm.rank() == 0;
+    let mut run = None;
+    let mut resumed = false;
+    if first {
+        let mut folder = RunFolder::open(out, &config.resolved()?, config.keep_last)?;
+        folder.carry(config.model_files()?);
+        resumed = folder.resume(&mut trainer)?;
+        run = Some(folder);
+    }
+    // The others take up what process 0 found.
+    let mut found = vec![u8::from(resumed)];
+    comm.broadcast(0, &mut found)?;
+    if !first && found == [1] {
+        resumed = take_up(out, &mut trainer)?;
+    }
+    let resumed_at = resumed.then_some(trainer.step);
     let mut report = RunReport {
         step: trainer.step,
         resumed_at,
@@ -262,8 +323,9 @@ pub fn train(
         report.loss = Some(event.loss);
         report.finished = trainer.finished();
         let mut go_on = log(&mut run, Event::Step(event), watch)?;
-        if let (Some(eval), Some(model), Data::Task { task, .. }) =
-            (&config.eval, &stack, &config.data)
+        if first
+            && let (Some(eval), Some(model), Data::Task { task, .. }) =
+                (&config.eval, &stack, &config.data)
             && (report.step.is_multiple_of(eval.every) || report.finished)
         {
             let mut values = serde_json::Map::new();
@@ -274,7 +336,12 @@ pub fn train(
             let step = report.step;
             go_on &= log(&mut run, Event::Eval { step, values }, watch)?;
         }
-        if !go_on || report.finished || report.step.is_multiple_of(config.save_every) {
+        let mut word = vec![u8::from(go_on)];
+        comm.broadcast(0, &mut word)?;
+        go_on = word == [1];
+        if let Some(run) = &mut run
+            && (!go_on || report.finished || report.step.is_multiple_of(config.save_every))
+        {
             run.save(&trainer)?;
         }
         if !go_on {
@@ -284,9 +351,19 @@ pub fn train(
     Ok(report)
 }
 
-fn log(run: &mut RunFolder, event: Event, watch: &mut dyn FnMut(&Event) -> bool) -> Result<bool> {
-    run.log(&event)?;
-    Ok(watch(&event))
+/// Process 0 writes and shows events; the others have no folder.
+fn log(
+    run: &mut Option<RunFolder>,
+    event: Event,
+    watch: &mut dyn FnMut(&Event) -> bool,
+) -> Result<bool> {
+    match run {
+        Some(run) => {
+            run.log(&event)?;
+            Ok(watch(&event))
+        }
+        None => Ok(true),
+    }
 }
 
 /// Steps of a run's events.

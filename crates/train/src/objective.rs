@@ -19,6 +19,10 @@ pub trait Objective: Send + Sync {
     fn tokens(&self, batch: &Self::Batch) -> usize;
     /// The weighted sum of losses times `scale`, and its gradients.
     fn gradients(&self, batch: &Self::Batch, scale: f64) -> Result<(f64, GradStore)>;
+    /// What changes after an optimiser step other than by gradients.
+    fn after_step(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Which activations are kept for the backward pass.
@@ -121,6 +125,10 @@ impl LanguageModeling {
 
 impl Objective for LanguageModeling {
     type Batch = PackedBatch;
+
+    fn after_step(&self) -> Result<()> {
+        Ok(self.model.after_step()?)
+    }
 
     fn weight(&self, batch: &PackedBatch) -> f64 {
         batch.total_weight()

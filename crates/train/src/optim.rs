@@ -5,6 +5,8 @@
 
 use crate::error::{Result, TrainError};
 use candle_core::{DType, Tensor};
+use longspan_kernels::elementwise::dot;
+use longspan_kernels::ops::with_rows;
 use longspan_nn::params::Param;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -110,6 +112,8 @@ impl OptimConfig {
     }
 }
 
+mod fused;
+
 #[derive(Default)]
 struct Slot {
     /// f32 copy of a parameter of lower precision.
@@ -155,6 +159,14 @@ impl Optimizer {
                 continue;
             };
             let slot = self.slots.entry(name.clone()).or_default();
+            let cap = param.group.max_lr.unwrap_or(f64::INFINITY);
+            let lr = self.config.lr().min(cap) * multiplier;
+            if let OptimConfig::AdamW { .. } = self.config
+                && fused::fits(&param.var, gradient)
+            {
+                fused::adamw(&self.config, param, slot, gradient, lr, self.steps)?;
+                continue;
+            }
             let low = matches!(param.var.dtype(), DType::BF16 | DType::F16);
             let weight = match (&slot.master, low) {
                 (Some(master), true) => master.clone(),
@@ -162,8 +174,6 @@ impl Optimizer {
                 (_, false) => param.var.as_detached_tensor(),
             };
             let gradient = gradient.to_dtype(weight.dtype())?.detach();
-            let cap = param.group.max_lr.unwrap_or(f64::INFINITY);
-            let lr = self.config.lr().min(cap) * multiplier;
             let weight = update(
                 &self.config,
                 param,
@@ -289,6 +299,18 @@ fn update(
     }
 }
 
+/// Sum of the squares of all elements.
+fn squares(x: &Tensor) -> candle_core::Result<f64> {
+    if x.device().is_cpu() && x.dtype() == DType::F32 {
+        return with_rows(x, |x| {
+            let parts = x.chunks(4096).map(|part| f64::from(dot(part, part)));
+            parts.sum()
+        });
+    }
+    let sum = x.to_dtype(DType::F32)?.sqr()?.sum_all()?;
+    Ok(f64::from(sum.to_scalar::<f32>()?))
+}
+
 /// Scales gradients so that their global norm is at most `limit`: the factor is min(1, limit / (norm + 1e-6)).
 /// Returns the norm before.
 pub fn clip_grad_norm(
@@ -297,8 +319,7 @@ pub fn clip_grad_norm(
 ) -> candle_core::Result<f64> {
     let mut sum = 0f64;
     for gradient in gradients.values() {
-        let squares = gradient.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-        sum += f64::from(squares.to_scalar::<f32>()?);
+        sum += squares(gradient)?;
     }
     let norm = sum.sqrt();
     if let Some(limit) = limit {

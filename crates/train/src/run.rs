@@ -61,6 +61,7 @@ pub struct RunFolder {
     path: PathBuf,
     events: File,
     keep_last: usize,
+    files: Vec<(String, Vec<u8>)>,
 }
 
 impl RunFolder {
@@ -91,7 +92,13 @@ impl RunFolder {
             path: path.into(),
             events,
             keep_last: keep_last.max(1),
+            files: Vec::new(),
         })
+    }
+
+    /// Files that every checkpoint shall hold beside its tensors: what other programs need to read the model.
+    pub fn carry(&mut self, files: Vec<(String, Vec<u8>)>) {
+        self.files = files;
     }
 
     /// The folder.
@@ -138,6 +145,9 @@ impl RunFolder {
             source: trainer.source.state(),
             code_version: env!("CARGO_PKG_VERSION").into(),
         };
+        for (name, bytes) in &self.files {
+            write_whole(&temporary.join(name), bytes)?;
+        }
         let file = temporary.join("state.json");
         let json = serde_json::to_vec_pretty(&state)
             .map_err(|error| TrainError::contents(&file, error))?;
@@ -157,35 +167,9 @@ impl RunFolder {
         O: Objective,
         S: Source<Batch = O::Batch>,
     {
-        let Some(folder) = latest(&self.path)? else {
-            self.cut_events(0)?;
-            return Ok(false);
-        };
-        let file = folder.join("state.json");
-        let text = fs::read(&file).at(&file)?;
-        let state: State =
-            serde_json::from_slice(&text).map_err(|error| TrainError::contents(&file, error))?;
-        if state.format != FORMAT {
-            return Err(TrainError::contents(
-                &file,
-                format!("found format {}, expected {FORMAT}", state.format),
-            ));
-        }
-        trainer.params.load(&load_tensors(
-            &folder.join("model.safetensors"),
-            trainer.params.device(),
-        )?)?;
-        let file = folder.join("optim.safetensors");
-        let tensors = load_tensors(&file, trainer.params.device())?;
-        trainer
-            .optimizer
-            .load(tensors, state.optimizer_steps, &file)?;
-        trainer.source.load(&state.source)?;
-        trainer.step = state.step;
-        trainer.tokens = state.tokens;
-        trainer.not_finite = state.not_finite;
-        self.cut_events(state.step)?;
-        Ok(true)
+        let resumed = take_up(&self.path, trainer)?;
+        self.cut_events(trainer.step)?;
+        Ok(resumed)
     }
 
     /// Removes events after `step`: they will happen again.
@@ -218,6 +202,42 @@ impl RunFolder {
         }
         Ok(())
     }
+}
+
+/// Takes up the newest checkpoint of a run, if there is one: parameters, optimiser, data, counts. Nothing is written: any
+/// process of a run may do so.
+pub fn take_up<S, O>(run: &Path, trainer: &mut Trainer<S, O>) -> Result<bool>
+where
+    O: Objective,
+    S: Source<Batch = O::Batch>,
+{
+    let Some(folder) = latest(run)? else {
+        return Ok(false);
+    };
+    let file = folder.join("state.json");
+    let text = fs::read(&file).at(&file)?;
+    let state: State =
+        serde_json::from_slice(&text).map_err(|error| TrainError::contents(&file, error))?;
+    if state.format != FORMAT {
+        return Err(TrainError::contents(
+            &file,
+            format!("found format {}, expected {FORMAT}", state.format),
+        ));
+    }
+    trainer.params.load(&load_tensors(
+        &folder.join("model.safetensors"),
+        trainer.params.device(),
+    )?)?;
+    let file = folder.join("optim.safetensors");
+    let tensors = load_tensors(&file, trainer.params.device())?;
+    trainer
+        .optimizer
+        .load(tensors, state.optimizer_steps, &file)?;
+    trainer.source.load(&state.source)?;
+    trainer.step = state.step;
+    trainer.tokens = state.tokens;
+    trainer.not_finite = state.not_finite;
+    Ok(true)
 }
 
 /// Names of the checkpoints of a run, oldest first.

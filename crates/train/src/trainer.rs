@@ -1,9 +1,10 @@
 //! The loop: the one place where a step is made. Recipes bring a source, an objective and a schedule; no recipe owns a
 //! loop of its own.
 //!
-//! A global batch is cut into micro-batches. Ranks (threads) take them in turn, and their gradients are added in the
-//! order of micro-batches, so that 1, 2 and 4 ranks give the same bits.
+//! A global batch is cut into micro-batches. Ranks (threads, and the processes of [`crate::comm`]) take them in turn, and
+//! their gradients are added in the order of micro-batches, so that 1, 2 and 4 ranks give the same bits.
 
+use crate::comm::{Alone, Comm, Part, pack, unpack};
 use crate::error::{Result, TrainError};
 use crate::objective::Objective;
 use crate::optim::{Optimizer, clip_grad_norm};
@@ -30,7 +31,7 @@ pub struct LoopConfig {
     pub steps: u64,
     /// Micro-batches whose gradients make one step.
     pub micro_batches: usize,
-    /// Threads that share the micro-batches of a step.
+    /// Threads of each process that share the micro-batches of a step.
     pub ranks: usize,
     /// Limit of the gradients' global norm; none = no clipping.
     pub clip: Option<f64>,
@@ -120,6 +121,8 @@ pub struct Trainer<S, O> {
     pub tokens: u64,
     /// Steps in a row that were skipped.
     pub not_finite: usize,
+    /// The processes of the run.
+    pub comm: Arc<dyn Comm>,
     pace: f64,
 }
 
@@ -146,6 +149,7 @@ where
             step: 0,
             tokens: 0,
             not_finite: 0,
+            comm: Arc::new(Alone),
             pace: 0.0,
         })
     }
@@ -175,6 +179,7 @@ where
         let finite = loss.is_finite() && norm.is_finite();
         if finite {
             self.optimizer.step(&params, &gradients, multiplier)?;
+            self.objective.after_step()?;
             self.not_finite = 0;
         } else {
             self.not_finite += 1;
@@ -219,18 +224,42 @@ where
         let scale = 1.0 / weight.max(f64::MIN_POSITIVE);
         let mut loss = 0f64;
         let mut sum: BTreeMap<String, Tensor> = BTreeMap::new();
-        for round in batches.chunks(self.config.ranks) {
-            for result in self.round(round, scale) {
-                let (part, mut store) = result?;
+        let trained: Vec<&(String, Param)> =
+            params.iter().filter(|(_, p)| p.group.trainable).collect();
+        let like: Vec<Tensor> = trained
+            .iter()
+            .map(|(_, param)| param.var.as_detached_tensor())
+            .collect();
+        let threads = self.config.ranks;
+        for round in batches.chunks(threads * self.comm.size()) {
+            // Each process takes as many in a row as it has threads.
+            let mine = (self.comm.rank() * threads).min(round.len());
+            let mine = mine..(mine + threads).min(round.len());
+            let mut made = Vec::new();
+            for result in self.round(&round[mine.clone()], scale) {
+                let (loss, mut store) = result?;
+                let gradients = trained.iter().map(|(_, param)| {
+                    let gradient = store.remove(param.var.as_tensor());
+                    gradient.map(|gradient| gradient.detach())
+                });
+                made.push((loss, gradients.collect::<Vec<_>>()));
+            }
+            let mut made = made.into_iter();
+            for index in 0..round.len() {
+                let own = if mine.contains(&index) {
+                    made.next()
+                } else {
+                    None
+                };
+                let (part, gradients) = match own {
+                    Some(part) if self.comm.size() == 1 => part,
+                    part => self.told(index / threads, part, &like)?,
+                };
                 loss += part;
-                for (name, param) in params {
-                    if !param.group.trainable {
-                        continue;
-                    }
-                    let Some(gradient) = store.remove(param.var.as_tensor()) else {
+                for ((name, _), gradient) in trained.iter().zip(gradients) {
+                    let Some(gradient) = gradient else {
                         continue;
                     };
-                    let gradient = gradient.detach();
                     match sum.get_mut(name) {
                         Some(sum) => *sum = (&*sum + gradient)?,
                         None => {
@@ -241,6 +270,19 @@ where
             }
         }
         Ok((loss, sum))
+    }
+
+    /// A micro-batch's part, told by the process that made it; `part` is that of this process.
+    fn told(&self, from: usize, part: Option<Part>, like: &[Tensor]) -> Result<Part> {
+        let mut bytes = match &part {
+            Some(part) => pack(part)?,
+            None => Vec::new(),
+        };
+        self.comm.broadcast(from, &mut bytes)?;
+        Ok(match part {
+            Some(part) => part,
+            None => unpack(&bytes, like)?,
+        })
     }
 
     /// One micro-batch per rank, at the same time; results in the order of micro-batches.

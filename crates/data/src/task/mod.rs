@@ -8,16 +8,26 @@ mod adding;
 mod addition;
 mod copy;
 pub mod dialogue;
+pub mod geometry;
+mod hint;
 mod lag;
 mod passkey;
+mod pointing;
 mod sort;
+mod star;
+pub mod stream;
+mod waveform;
 
 pub use adding::Adding;
 pub use addition::Addition;
 pub use copy::Copy;
+pub use hint::{Hint, HintedSort, Increment};
 pub use lag::Lag;
 pub use passkey::Passkey;
+pub use pointing::{AnswerOrder, Pointing, PointingExample, PointingTask, SortSet};
 pub use sort::Sort;
+pub use star::{Star, StarConfig};
+pub use waveform::Waveform;
 
 use crate::random::Random;
 use serde::{Deserialize, Serialize};
@@ -72,6 +82,8 @@ pub enum TokenTask {
     Addition(Addition),
     /// Find a key in filler.
     Passkey(Passkey),
+    /// Add one to a decimal number.
+    Increment(Increment),
 }
 
 impl TokenTask {
@@ -82,6 +94,7 @@ impl TokenTask {
             TokenTask::Sort(task) => task,
             TokenTask::Addition(task) => task,
             TokenTask::Passkey(task) => task,
+            TokenTask::Increment(task) => task,
         }
     }
 }
@@ -94,6 +107,8 @@ pub enum SignalTask {
     Lag(Lag),
     /// Sum the two marked numbers.
     Adding(Adding),
+    /// Tell three waveforms apart.
+    Waveform(Waveform),
 }
 
 impl SignalTask {
@@ -102,6 +117,7 @@ impl SignalTask {
         match self {
             SignalTask::Lag(task) => task,
             SignalTask::Adding(task) => task,
+            SignalTask::Waveform(task) => task,
         }
     }
 }

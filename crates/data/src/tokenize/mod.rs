@@ -5,6 +5,7 @@
 //! [`Special::Parse`]: a document that holds `<|im_start|>` is data, not a turn of the conversation.
 
 mod bpe;
+mod byte_vocabulary;
 mod error;
 mod gguf;
 mod json;
@@ -15,6 +16,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use byte_vocabulary::byte_vocabulary;
 pub use error::TokenizerError;
 pub use gguf::GgufVocab;
 pub use pieces::TokenKind;

@@ -11,7 +11,7 @@ pub struct Need {
     pub tokens: u64,
     /// The window of the model, in tokens, under its rotary rule.
     pub window: u64,
-    /// Bytes of keys and values of a token.
+    /// Bytes of keys and values of a token; 0 = the model carries a state instead.
     pub kv_bytes_per_token: u64,
     /// Memory that can be had; None = not known.
     pub free_bytes: Option<u64>,
@@ -24,6 +24,10 @@ pub fn choose(need: &Need) -> (ContextConfig, String) {
     let Need { tokens, window, .. } = *need;
     if !need.cpu {
         return (ContextConfig::Full, "the only policy on this device".into());
+    }
+    if need.kv_bytes_per_token == 0 {
+        let why = "the model carries a state of fixed size, whatever the length";
+        return (ContextConfig::Full, why.into());
     }
     let infllm = || ContextConfig::InfLlm(InfLlmConfig::fitting(window));
     if tokens > window {
@@ -129,6 +133,15 @@ mod tests {
             ..need(100_000)
         };
         assert_eq!(choose(&gpu).0, ContextConfig::Full);
+        let state = Need {
+            kv_bytes_per_token: 0,
+            ..need(100_000)
+        };
+        let (config, why) = choose(&state);
+        assert!(
+            config == ContextConfig::Full && why.contains("state"),
+            "{why}"
+        );
     }
 
     #[test]

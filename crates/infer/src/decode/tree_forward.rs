@@ -52,6 +52,7 @@ impl TreeRows {
 /// True if [`tree_forward`] gives what reading the paths would.
 pub(crate) fn one_pass(engine: &Engine, sequence: &Sequence) -> bool {
     engine.model().device().is_cpu()
+        && engine.model().recurrent().is_none()
         && sequence.options.context == ContextConfig::Full
         // A call that failed half-way leaves layers of different lengths; the plain path says so.
         && (0..sequence.store.num_layers())

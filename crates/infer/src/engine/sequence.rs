@@ -5,6 +5,7 @@ use crate::context::{ContextPolicy, PolicyReport, PolicySpec};
 use crate::kv::plane::TierFile;
 use crate::kv::{KvBytes, KvStore};
 use candle_core::Tensor;
+use longspan_nn::mixer::MixerState;
 use longspan_nn::position::Frequencies;
 use std::sync::Arc;
 
@@ -16,6 +17,8 @@ pub struct Sequence {
     pub(crate) options: EngineOptions,
     /// The rotary frequencies that cached keys stand at, one per basis of the model.
     pub(crate) frequencies: Vec<Frequencies>,
+    /// Of a stack of mixers: what its blocks carry. Then there are no keys and values.
+    pub(crate) states: Option<Vec<MixerState>>,
     /// Candle keys and values, on devices other than the CPU.
     pub(super) dense: Vec<Option<(Tensor, Tensor)>>,
     /// The state at the last commit, for policies that cannot rewind.
@@ -51,7 +54,7 @@ impl Sequence {
         &self.options
     }
 
-    /// Bytes of keys and values held, by place.
+    /// Bytes of keys and values, or of states, held, by place.
     pub fn kv_bytes(&self) -> KvBytes {
         let dense: usize = self
             .dense
@@ -60,7 +63,8 @@ impl Sequence {
             .map(|(k, v)| (k.elem_count() + v.elem_count()) * k.dtype().size_in_bytes())
             .sum();
         let mut bytes = self.store.bytes();
-        bytes.memory += dense as u64;
+        let states = self.states.iter().flatten().map(MixerState::bytes);
+        bytes.memory += (dense + states.sum::<usize>()) as u64;
         bytes
     }
 
@@ -76,7 +80,10 @@ impl Sequence {
 
     /// What the policy needs.
     pub fn spec(&self) -> PolicySpec {
-        self.policy.spec()
+        let mut spec = self.policy.spec();
+        // A state cannot be taken back to an earlier token.
+        spec.rewinds &= self.states.is_none();
+        spec
     }
 
     /// An independent copy that shares pages until either writes to them.
@@ -87,6 +94,7 @@ impl Sequence {
             policy: self.policy.fork(),
             options: self.options.clone(),
             frequencies: self.frequencies.clone(),
+            states: self.states.clone(),
             dense: self.dense.clone(),
             committed: None,
             broken: self.broken,

@@ -11,6 +11,8 @@ pub use bidirectional::BidirectionalAttention;
 use crate::config::ModelConfig;
 use crate::position::{Frequencies, LayerRopes};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
+use longspan_kernels::causal::causal_attention;
+use longspan_kernels::learn;
 
 /// Attention of one layer over all sequences of a forward pass.
 pub trait Attend {
@@ -225,6 +227,14 @@ impl CausalAttention<'_> {
     ) -> Result<Tensor> {
         let c = self.config;
         let (t, s) = (query.dim(1)?, key.dim(1)?);
+        let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
+        if learn::fits(query) && c.attention_softcap.is_none() && c.alibi_max_bias.is_none() {
+            let scale = f64::from(c.attention_scale);
+            return causal_attention(query, key, value, scale, window)?
+                .transpose(0, 1)?
+                .contiguous()?
+                .reshape((t, c.num_heads * c.head_dim));
+        }
         let group = c.num_heads / c.num_kv_heads;
         // [kv_heads, s, d] -> [heads, s, d]: each key head serves `group` query heads
         let repeat = |x: &Tensor| {
@@ -248,7 +258,6 @@ impl CausalAttention<'_> {
             let bias = Tensor::from_vec(bias, (c.num_heads, 1, s), query.device())?;
             scores = scores.broadcast_add(&bias)?;
         }
-        let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
         let hidden = |i: usize, j: usize| j > i || i - j >= window;
         let mask: Vec<f32> = (s - t..s)
             .flat_map(|i| (0..s).map(move |j| if hidden(i, j) { f32::NEG_INFINITY } else { 0.0 }))

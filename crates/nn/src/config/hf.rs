@@ -43,7 +43,7 @@ impl Defaults {
             sliding_window: None,
         };
         match architecture {
-            Architecture::Llama => llama,
+            Architecture::Llama | Architecture::Stack => llama,
             Architecture::Mistral => Self {
                 num_kv_heads: Some(8),
                 max_position_embeddings: 131_072,
@@ -88,17 +88,17 @@ pub(super) fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
 }
 
 /// A JSON object whose keys are read with a type; null counts as absent.
-struct Fields<'a> {
-    file: &'a Path,
-    map: &'a Map<String, Value>,
+pub(super) struct Fields<'a> {
+    pub(super) file: &'a Path,
+    pub(super) map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    fn read<T>(
+    pub(super) fn read<T>(
         &self,
         key: &str,
         expected: &str,
@@ -113,14 +113,18 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+    pub(super) fn size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
         self.read(key, "a non-negative integer", |v| {
             usize::try_from(v.as_u64()?).ok()
         })
     }
 
     /// A size without a default: all real checkpoints write it.
-    fn required(&self, key: &str, fallback: Option<usize>) -> Result<usize, ConfigError> {
+    pub(super) fn required(
+        &self,
+        key: &str,
+        fallback: Option<usize>,
+    ) -> Result<usize, ConfigError> {
         self.size(key)?
             .or(fallback)
             .ok_or_else(|| ConfigError::Missing {
@@ -130,19 +134,19 @@ impl<'a> Fields<'a> {
             })
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
         self.read(key, "a number", Value::as_f64)
     }
 
-    fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
         self.read(key, "true or false", Value::as_bool)
     }
 
-    fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
+    pub(super) fn object(&self, key: &str) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
         self.read(key, "an object", Value::as_object)
     }
 
-    fn invalid(&self, key: &str, found: String, expected: &str) -> ConfigError {
+    pub(super) fn invalid(&self, key: &str, found: String, expected: &str) -> ConfigError {
         ConfigError::Invalid {
             file: self.file.to_path_buf(),
             key: key.into(),
@@ -191,14 +195,14 @@ impl ModelConfig {
             .ok_or_else(|| ConfigError::Missing {
                 file: file.to_path_buf(),
                 key: "model_type".into(),
-                expected: list(MODEL_TYPES.iter().map(|(name, _)| *name)),
+                expected: super::stack::all_types(MODEL_TYPES.iter().map(|(name, _)| *name)),
             })?;
         let Some(&(_, architecture)) = MODEL_TYPES.iter().find(|(name, _)| *name == model_type)
         else {
             return Err(ConfigError::Architecture {
                 file: file.to_path_buf(),
                 found: model_type.into(),
-                supported: list(MODEL_TYPES.iter().map(|(name, _)| *name)),
+                supported: super::stack::all_types(MODEL_TYPES.iter().map(|(name, _)| *name)),
             });
         };
         if root.get("quantization_config").is_some() {
@@ -383,7 +387,7 @@ fn layers(
         _ => fields.size("sliding_window")?.or(defaults.sliding_window),
     };
     let window = match architecture {
-        Architecture::Llama => None,
+        Architecture::Llama | Architecture::Stack => None,
         Architecture::Mistral | Architecture::Gemma3 => window,
         Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLM3 => {
             window.filter(|_| matches!(fields.flag("use_sliding_window"), Ok(Some(true))))

@@ -4,11 +4,41 @@
 //! state is the last convolution inputs and one matrix per head, in f32 or f64.
 
 use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear};
+use crate::model::stack::rms_norm;
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{D, Result, Tensor, bail};
 use longspan_kernels::autograd::softplus;
+use longspan_kernels::learn;
 use longspan_kernels::ssd::Scan;
+use longspan_kernels::ssd_policy::{Repair, RepairState, repaired};
 use serde::{Deserialize, Serialize};
+
+/// What is done, without training, to a state that never learned to forget (paper 16). Outputs under `norm-clip` and
+/// `window` carry no gradients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "policy", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum StatePolicy {
+    /// Nothing.
+    #[default]
+    None,
+    /// Forget more, remember less: decays to the power `forget`, writes times `write`.
+    Scale {
+        /// 1 or more.
+        forget: f64,
+        /// 1 or less.
+        write: f64,
+    },
+    /// The Frobenius norm of each head's state is at most this, after every token.
+    NormClip {
+        /// The limit p.
+        p: f64,
+    },
+    /// The state is that of the last so many tokens, by a difference of states.
+    Window {
+        /// The window r.
+        r: usize,
+    },
+}
 
 /// Hyper-parameters of [`Mamba2`], under Hugging Face's names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,6 +66,8 @@ pub struct Mamba2Config {
     pub use_conv_bias: bool,
     /// Added to the mean square in the gated norm.
     pub layer_norm_epsilon: f64,
+    /// Repair of the state when reading beyond the training length.
+    pub state_policy: StatePolicy,
 }
 
 impl Default for Mamba2Config {
@@ -52,6 +84,7 @@ impl Default for Mamba2Config {
             use_bias: false,
             use_conv_bias: true,
             layer_norm_epsilon: 1e-5,
+            state_policy: StatePolicy::None,
         }
     }
 }
@@ -91,6 +124,18 @@ impl Mamba2 {
                 c.head_dim,
                 c.n_groups
             );
+        }
+        match c.state_policy {
+            StatePolicy::Scale { forget, write } if !(forget > 0.0 && write >= 0.0) => bail!(
+                "mamba2 state policy: found forget {forget} and write {write}, expected forget above 0 and write 0 or more"
+            ),
+            StatePolicy::NormClip { p } if p.is_nan() || p <= 0.0 => {
+                bail!("mamba2 state policy: found p {p}, expected more than 0")
+            }
+            StatePolicy::Window { r: 0 } => {
+                bail!("mamba2 state policy: found a window of 0 tokens, expected 1 or more")
+            }
+            _ => {}
         }
         let wide = inner + 2 * c.n_groups * c.state_size;
         let uniform = |fan: usize| {
@@ -144,6 +189,63 @@ impl Mamba2 {
         })
     }
 
+    /// The scan under the state policy, and the tensors of the state after it.
+    fn scanned(
+        &self,
+        scan: &Scan<'_>,
+        state: Option<&MixerState>,
+    ) -> Result<(Tensor, Vec<(String, Tensor)>)> {
+        let (repair, window) = match self.config.state_policy {
+            StatePolicy::None | StatePolicy::Scale { .. } => {
+                let (y, ssm) = scan.chunked(self.config.chunk_size)?;
+                return Ok((y, vec![("ssm".into(), ssm)]));
+            }
+            StatePolicy::NormClip { p } => (Repair::NormClip(p), 0),
+            StatePolicy::Window { r } => (Repair::Window(r), r),
+        };
+        let mut start = RepairState::new(scan, window)?;
+        if let Some(state) = state {
+            start.main = state.get("ssm")?.clone();
+            if window > 0 {
+                start.delayed = state.get("delayed")?.clone();
+                start.x = state.get("window_x")?.clone();
+                start.b = state.get("window_b")?.clone();
+                start.dt = state.get("window_dt")?.clone();
+            }
+        }
+        let position = state.map_or(0, |state| state.position);
+        let (y, end) = repaired(scan, repair, &start, position)?;
+        let mut kept = vec![("ssm".to_string(), end.main)];
+        if window > 0 {
+            kept.extend([
+                ("delayed".to_string(), end.delayed),
+                ("window_x".to_string(), end.x),
+                ("window_b".to_string(), end.b),
+                ("window_dt".to_string(), end.dt),
+            ]);
+        }
+        Ok((y, kept))
+    }
+
+    /// silu of the causal depthwise convolution: padded [batch, taps + length, wide] to [batch, length, wide].
+    fn convolved(&self, padded: &Tensor, length: usize) -> Result<Tensor> {
+        let (taps, wide) = (self.config.conv_kernel, self.wide());
+        if learn::fits(padded) {
+            let weight = self.conv.squeeze(1)?;
+            let y = learn::depthwise_conv(padded, &weight, self.conv_bias.as_ref())?;
+            return learn::silu_gate(&y, None);
+        }
+        let mut convolved = padded.narrow(1, 0, length)?.zeros_like()?;
+        for tap in 0..taps {
+            let weight = self.conv.narrow(2, tap, 1)?.reshape((1, 1, wide))?;
+            convolved = (convolved + padded.narrow(1, tap + 1, length)?.broadcast_mul(&weight)?)?;
+        }
+        match &self.conv_bias {
+            Some(bias) => convolved.broadcast_add(bias)?.silu(),
+            None => convolved.silu(),
+        }
+    }
+
     fn wide(&self) -> usize {
         self.inner + 2 * self.config.n_groups * self.config.state_size
     }
@@ -170,10 +272,18 @@ impl SequenceMixer for Mamba2 {
             return Ok((x.clone(), state.cloned()));
         }
         let (inner, wide, heads) = (self.inner, self.wide(), self.heads);
-        let all = linear(x, &self.in_proj, self.in_bias.as_ref())?;
-        let z = all.narrow(2, 0, inner)?;
-        let xbc = all.narrow(2, inner, wide)?;
-        let dt = all.narrow(2, inner + wide, heads)?;
+        // One product for each part: cutting the weights costs less than cutting what they give, and its gradient.
+        let project = |start: usize, rows: usize| -> Result<Tensor> {
+            let bias = self
+                .in_bias
+                .as_ref()
+                .map(|bias| bias.narrow(0, start, rows));
+            let weight = self.in_proj.narrow(0, start, rows)?;
+            linear(x, &weight, bias.transpose()?.as_ref())
+        };
+        let z = project(0, inner)?;
+        let xbc = project(inner, wide)?;
+        let dt = project(inner + wide, heads)?;
         // Causal depthwise convolution, the last inputs of the state (or zeros) before it.
         let taps = c.conv_kernel;
         let before = match state {
@@ -182,20 +292,7 @@ impl SequenceMixer for Mamba2 {
             None => Tensor::zeros((batch, taps, wide), x.dtype(), x.device())?,
         };
         let padded = Tensor::cat(&[&before, &xbc], 1)?; // [batch, taps + length, wide]
-        let mut convolved = None;
-        for tap in 0..taps {
-            let weight = self.conv.narrow(2, tap, 1)?.reshape((1, 1, wide))?;
-            let term = padded.narrow(1, tap + 1, length)?.broadcast_mul(&weight)?;
-            convolved = Some(match convolved {
-                Some(sum) => (sum + term)?,
-                None => term,
-            });
-        }
-        let mut xbc = convolved.expect("a convolution has a tap");
-        if let Some(bias) = &self.conv_bias {
-            xbc = xbc.broadcast_add(bias)?;
-        }
-        let xbc = xbc.silu()?;
+        let xbc = self.convolved(&padded, length)?;
         let (groups, n) = (c.n_groups, c.state_size);
         let heads_of_x = xbc
             .narrow(2, 0, inner)?
@@ -216,24 +313,37 @@ impl SequenceMixer for Mamba2 {
             dt = dt.minimum(high)?;
         }
         let a = self.a_log.exp()?.neg()?;
+        // One step serves decay and write; a scaled write is a scaled x.
+        let mut written = heads_of_x.clone();
+        if let StatePolicy::Scale { forget, write } = c.state_policy {
+            dt = (dt * forget)?;
+            written = (written * (write / forget))?;
+        }
         let scan = Scan {
-            x: &heads_of_x,
+            x: &written,
             dt: &dt,
             a: &a,
             b: &b,
             c: &read,
             state: state.map(|state| state.get("ssm")).transpose()?,
         };
-        let (y, ssm) = scan.chunked(c.chunk_size)?;
+        let (y, kept) = self.scanned(&scan, state)?;
         let skip = heads_of_x.broadcast_mul(&self.d.reshape((1, 1, heads, 1))?)?;
         let y = (y + skip)?.reshape((batch, length, inner))?;
         // Gate first, then RMS over each group's share of the width.
-        let y = (y * z.silu()?)?.reshape((batch, length, groups, inner / groups))?;
-        let mean = y.sqr()?.mean_keepdim(D::Minus1)?;
-        let y = y
-            .broadcast_div(&(mean + c.layer_norm_epsilon)?.sqrt()?)?
-            .reshape((batch, length, inner))?
-            .broadcast_mul(&self.norm)?;
+        let y = match learn::fits(&y) {
+            true => learn::silu_gate(&z, Some(&y))?,
+            false => (y * z.silu()?)?,
+        };
+        let y = if groups == 1 {
+            rms_norm(&y, &self.norm, c.layer_norm_epsilon)?
+        } else {
+            let y = y.reshape((batch, length, groups, inner / groups))?;
+            let mean = y.sqr()?.mean_keepdim(D::Minus1)?;
+            y.broadcast_div(&(mean + c.layer_norm_epsilon)?.sqrt()?)?
+                .reshape((batch, length, inner))?
+                .broadcast_mul(&self.norm)?
+        };
         let y = linear(&y, &self.out_proj, self.out_bias.as_ref())?;
         let next = match state {
             None => None,
@@ -242,11 +352,9 @@ impl SequenceMixer for Mamba2 {
                     .narrow(1, length, taps)?
                     .transpose(1, 2)?
                     .contiguous()?;
-                Some(MixerState {
-                    tensors: [("conv".to_string(), conv), ("ssm".to_string(), ssm)].into(),
-                    position: state.position + length,
-                    plan: None,
-                })
+                let mut next = state.moved(length, [("conv", conv)]);
+                next.tensors.extend(kept);
+                Some(next)
             }
         };
         Ok((y, next))
@@ -258,10 +366,15 @@ impl SequenceMixer for Mamba2 {
         let c = &self.config;
         let conv = zeros(&[batch, self.wide(), c.conv_kernel])?;
         let ssm = zeros(&[batch, self.heads, c.head_dim, c.state_size])?;
-        Ok(MixerState {
-            tensors: [("conv".to_string(), conv), ("ssm".to_string(), ssm)].into(),
-            position: 0,
-            plan: None,
-        })
+        let mut tensors = vec![("conv", conv), ("ssm", ssm.clone())];
+        if let StatePolicy::Window { r } = c.state_policy {
+            tensors.extend([
+                ("delayed", ssm),
+                ("window_x", zeros(&[batch, r, self.heads, c.head_dim])?),
+                ("window_b", zeros(&[batch, r, c.n_groups, c.state_size])?),
+                ("window_dt", zeros(&[batch, r, self.heads])?),
+            ]);
+        }
+        Ok(MixerState::default().moved(0, tensors))
     }
 }

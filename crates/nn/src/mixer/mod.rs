@@ -4,15 +4,40 @@
 //! and a state that can be carried, split by batch rows and stored. Norms, residuals and MLPs belong to the block around it.
 
 mod attention;
+mod dss;
+mod ema;
+mod gss;
+mod h3;
 pub mod hippo;
+mod hyena;
+pub mod liquid;
+pub mod longvq;
+mod lru;
+pub mod lssl;
+mod mamba1;
 mod mamba2;
+mod modes;
+mod retention;
 mod rnn;
 mod s4;
+mod s5;
 
 pub use attention::{AttentionConfig, AttentionMixer, Position, t5_bucket};
-pub use mamba2::{Mamba2, Mamba2Config};
+pub use dss::{Dss, DssConfig, DssVersion, dss_kernel, dss_start};
+pub use ema::{Ema, EmaConfig};
+pub use gss::{Gss, GssConfig};
+pub use h3::{H3, H3Config};
+pub use hyena::{Hyena, HyenaConfig};
+pub use liquid::{LiquidConfig, LiquidS4};
+pub use longvq::{LongVq, LongVqConfig};
+pub use lru::{Lru, LruConfig, lru_start};
+pub use lssl::{Lssl, LsslConfig};
+pub use mamba1::{Mamba, MambaConfig};
+pub use mamba2::{Mamba2, Mamba2Config, StatePolicy};
+pub use retention::{Retention, RetentionConfig, retain};
 pub use rnn::{Rnn, RnnCell, RnnConfig};
 pub use s4::{DtTransform, S4, S4Config, S4Init, S4Mode};
+pub use s5::{S5, S5Config};
 
 use crate::params::Params;
 use candle_core::{Result, Tensor, bail};
@@ -79,6 +104,26 @@ impl MixerState {
         })
     }
 
+    /// The states of several batches as those of one, in this order. All must have read equally much where their size
+    /// grows with it.
+    pub fn concat(states: &[&MixerState]) -> Result<MixerState> {
+        let Some(first) = states.first() else {
+            bail!("mixer state: there are none to put together")
+        };
+        let tensors = first.tensors.keys().map(|name| {
+            let parts = states
+                .iter()
+                .map(|state| state.get(name)?.contiguous())
+                .collect::<Result<Vec<_>>>()?;
+            Ok((name.clone(), Tensor::cat(&parts, 0)?))
+        });
+        Ok(MixerState {
+            tensors: tensors.collect::<Result<_>>()?,
+            position: first.position,
+            plan: first.plan.clone(),
+        })
+    }
+
     /// The same values; gradients stop here (truncated back-propagation through time).
     pub fn detach(&self) -> MixerState {
         MixerState {
@@ -88,6 +133,36 @@ impl MixerState {
                 .map(|(name, t)| (name.clone(), t.detach()))
                 .collect(),
             position: self.position,
+            plan: self.plan.clone(),
+        }
+    }
+
+    /// Zeros of these shapes, before the first token, of the type and on the device of `like`.
+    pub(crate) fn zeros<'a>(
+        shapes: impl IntoIterator<Item = (&'a str, &'a [usize])>,
+        like: &Tensor,
+    ) -> Result<MixerState> {
+        let tensors = shapes.into_iter().map(|(name, shape)| {
+            let zeros = Tensor::zeros(shape, like.dtype(), like.device())?;
+            Ok((name.to_string(), zeros))
+        });
+        Ok(MixerState {
+            tensors: tensors.collect::<Result<_>>()?,
+            position: 0,
+            plan: None,
+        })
+    }
+
+    /// The state after so many more tokens, with these tensors.
+    pub(crate) fn moved<'a>(
+        &self,
+        tokens: usize,
+        tensors: impl IntoIterator<Item = (&'a str, Tensor)>,
+    ) -> MixerState {
+        let tensors = tensors.into_iter();
+        MixerState {
+            tensors: tensors.map(|(name, t)| (name.to_string(), t)).collect(),
+            position: self.position + tokens,
             plan: self.plan.clone(),
         }
     }
@@ -123,6 +198,16 @@ pub trait SequenceMixer: Send + Sync {
     /// # Errors
     /// For mixers that look both ways.
     fn init_state(&self, batch: usize) -> Result<MixerState>;
+
+    /// Why gradients are not those of finite differences (something is rounded, and its gradient passed on); none = they are.
+    fn estimated_gradient(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// What changes after an optimiser step other than by gradients (a codebook's running means).
+    fn after_step(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Step form: x [batch, width] to the same; `state` moves on by one token. No gradients.
     fn step(&self, x: &Tensor, state: &mut MixerState) -> Result<Tensor> {
@@ -238,6 +323,32 @@ pub enum MixerConfig {
     Mamba2(Mamba2Config),
     /// Elman, LSTM, GRU.
     Rnn(RnnConfig),
+    /// LSSL.
+    Lssl(LsslConfig),
+    /// DSS.
+    Dss(DssConfig),
+    /// S5.
+    S5(S5Config),
+    /// Liquid-S4.
+    #[serde(rename = "liquid-s4")]
+    LiquidS4(LiquidConfig),
+    /// Gated state spaces.
+    Gss(GssConfig),
+    /// H3.
+    H3(H3Config),
+    /// Hyena.
+    Hyena(HyenaConfig),
+    /// Linear recurrent unit.
+    Lru(LruConfig),
+    /// Mega's moving averages.
+    Ema(EmaConfig),
+    /// Retention.
+    Retention(RetentionConfig),
+    /// Mamba.
+    Mamba(MambaConfig),
+    /// Attention over quantised keys.
+    #[serde(rename = "longvq")]
+    LongVq(LongVqConfig),
 }
 
 impl MixerConfig {
@@ -255,6 +366,18 @@ impl MixerConfig {
             MixerConfig::S4(config) => Box::new(S4::new(config, d_model, params)?),
             MixerConfig::Mamba2(config) => Box::new(Mamba2::new(config, d_model, params)?),
             MixerConfig::Rnn(config) => Box::new(Rnn::new(config, d_model, params)?),
+            MixerConfig::Lssl(config) => Box::new(Lssl::new(config, d_model, params)?),
+            MixerConfig::Dss(config) => Box::new(Dss::new(config, d_model, params)?),
+            MixerConfig::S5(config) => Box::new(S5::new(config, d_model, params)?),
+            MixerConfig::LiquidS4(config) => Box::new(LiquidS4::new(config, d_model, params)?),
+            MixerConfig::Gss(config) => Box::new(Gss::new(config, d_model, params)?),
+            MixerConfig::H3(config) => Box::new(H3::new(config, d_model, params)?),
+            MixerConfig::Hyena(config) => Box::new(Hyena::new(config, d_model, params)?),
+            MixerConfig::Lru(config) => Box::new(Lru::new(config, d_model, params)?),
+            MixerConfig::Ema(config) => Box::new(Ema::new(config, d_model, params)?),
+            MixerConfig::Retention(config) => Box::new(Retention::new(config, d_model, params)?),
+            MixerConfig::Mamba(config) => Box::new(Mamba::new(config, d_model, params)?),
+            MixerConfig::LongVq(config) => Box::new(LongVq::new(config, d_model, params)?),
         })
     }
 }

@@ -19,6 +19,10 @@ pub enum RnnCell {
     Relu,
     /// Long short-term memory.
     Lstm,
+    /// The first LSTM, of 1997: without forget gate.
+    Lstm97,
+    /// LSTM with peepholes: diagonal weights `weight_p_l0` [3, hidden] by which i and f read the old state, o the new.
+    PeepholeLstm,
     /// Gated recurrent unit.
     Gru,
 }
@@ -53,6 +57,8 @@ struct Direction {
     weight_hh: Tensor,
     bias_ih: Tensor,
     bias_hh: Tensor,
+    /// Diagonals i, f, o of peepholes: [3, hidden]
+    peepholes: Option<Tensor>,
 }
 
 /// The net.
@@ -79,6 +85,8 @@ impl Rnn {
             RnnCell::Tanh => Cell::Tanh,
             RnnCell::Relu => Cell::Relu,
             RnnCell::Lstm => Cell::Lstm,
+            RnnCell::Lstm97 => Cell::Lstm97,
+            RnnCell::PeepholeLstm => Cell::PeepholeLstm,
             RnnCell::Gru => Cell::Gru,
         };
         let directions = if config.bidirectional { 2 } else { 1 };
@@ -106,6 +114,10 @@ impl Rnn {
                     weight_hh: get(format!("weight_hh_l{layer}{end}"), &[width, hidden])?,
                     bias_ih: get(format!("bias_ih_l{layer}{end}"), &[width])?,
                     bias_hh: get(format!("bias_hh_l{layer}{end}"), &[width])?,
+                    peepholes: match cell.diagonals() {
+                        0 => None,
+                        n => Some(get(format!("weight_p_l{layer}{end}"), &[n, hidden])?),
+                    },
                 });
             }
             layers.push(both);
@@ -155,7 +167,11 @@ impl Rnn {
                 };
                 let gates = linear(&turned, &net.weight_ih, Some(&net.bias_ih))?;
                 let start = &start[layer * directions + direction];
-                let states = recurrence(self.cell, &gates, &net.weight_hh, &net.bias_hh, start)?;
+                let bias = match &net.peepholes {
+                    Some(peepholes) => Tensor::cat(&[&net.bias_hh, &peepholes.flatten_all()?], 0)?,
+                    None => net.bias_hh.clone(),
+                };
+                let states = recurrence(self.cell, &gates, &net.weight_hh, &bias, start)?;
                 last.push(states.narrow(1, length - 1, 1)?.squeeze(1)?);
                 let y = states.narrow(2, 0, self.hidden)?;
                 outputs.push(if direction == 1 {

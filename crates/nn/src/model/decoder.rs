@@ -252,7 +252,7 @@ impl Layer {
     ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         let (heads, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let qkv = ops::norm_linear(x, &self.input_norm, &self.qkv)?; // [tokens, heads + 2 kv]
+        let qkv = ops::norm_linears(x, &self.input_norm, &self.qkv, &[heads, kv, kv])?;
         let head_norm = |part: Tensor, norm: &Option<RmsNorm>, count: usize| match norm {
             // [tokens, count head_dim] -> [tokens, count, head_dim] and back
             Some(norm) => norm
@@ -260,9 +260,9 @@ impl Layer {
                 .reshape((tokens, count * c.head_dim)),
             None => Ok(part),
         };
-        let query = head_norm(qkv.narrow(1, 0, heads)?, &self.query_norm, c.num_heads)?;
-        let key = head_norm(qkv.narrow(1, heads, kv)?, &self.key_norm, c.num_kv_heads)?;
-        let value = qkv.narrow(1, heads + kv, kv)?;
+        let query = head_norm(qkv[0].clone(), &self.query_norm, c.num_heads)?; // [tokens, heads]
+        let key = head_norm(qkv[1].clone(), &self.key_norm, c.num_kv_heads)?; // [tokens, kv]
+        let value = qkv[2].clone();
         let attended = attend.attend(index, &query, &key, &value)?; // [tokens, heads]
         let x = ops::linear_residual(
             &attended,

@@ -23,6 +23,11 @@ pub trait LanguageModel: Send + Sync {
     /// [tokens, hidden] after the last block to f32 logits [tokens, vocab].
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// What changes after an optimiser step other than by gradients.
+    fn after_step(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// All blocks one after the other.
     fn hidden(&self, ids: &[u32], lengths: &[usize]) -> Result<Tensor> {
         let mut x = self.embed(ids, lengths)?;

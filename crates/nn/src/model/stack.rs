@@ -3,10 +3,11 @@
 //! A block is `x + mixer(norm(x))`, then optionally `x + mlp(norm(x))`. Names are those of Hugging Face's Mamba models
 //! (`backbone.layers.0.mixer.*`), whose checkpoints load without a map.
 
-use crate::mixer::{self, MixerConfig, MixerState, SequenceMixer, StateKind, linear};
+use crate::mixer::{self, MixerConfig, MixerState, SequenceMixer, StateKind, StatePolicy, linear};
 use crate::model::LanguageModel;
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
+use longspan_kernels::learn;
 use serde::{Deserialize, Serialize};
 
 /// What is built.
@@ -177,6 +178,9 @@ impl Stack {
 
 /// x / sqrt(mean(x²) + eps) times weight.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if learn::fits(x) && weight.dtype() == x.dtype() {
+        return learn::rms_norm(x, weight, eps);
+    }
     let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(mean + eps)?.sqrt()?)?
         .broadcast_mul(weight)
@@ -220,15 +224,7 @@ impl StackLm {
 
     /// Rows of the embedding, with sinusoids of these positions if the model has them: [tokens, d_model].
     fn embedded(&self, ids: &[u32], positions: impl Iterator<Item = usize>) -> Result<Tensor> {
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
-            bail!(
-                "token id {id} is outside the vocabulary of {} tokens",
-                self.vocab_size()
-            );
-        }
-        let x = self
-            .embeddings
-            .index_select(&Tensor::new(ids, self.embeddings.device())?, 0)?;
+        let x = self.rows(ids)?;
         if !self.stack.config.sinusoid {
             return Ok(x);
         }
@@ -245,23 +241,77 @@ impl StackLm {
         x.clone() + table.to_dtype(x.dtype())?
     }
 
-    /// ids of equally long sequences [batch][length], after what `states` have read, to f32 logits of every position
-    /// [batch, length, vocab]; the states move on. No gradients are kept in them.
-    pub fn advance(&self, ids: &[Vec<u32>], states: &mut [MixerState]) -> Result<Tensor> {
-        let (batch, length) = (ids.len(), ids.first().map_or(0, Vec::len));
+    /// Rows of the embedding as stored: [tokens, d_model].
+    pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
+            bail!(
+                "token id {id} is outside the vocabulary of {} tokens",
+                self.vocab_size()
+            );
+        }
+        self.embeddings
+            .index_select(&Tensor::new(ids, self.embeddings.device())?, 0)
+    }
+
+    /// Where the weights live.
+    pub fn device(&self) -> &Device {
+        self.embeddings.device()
+    }
+
+    /// The type of activations.
+    pub fn dtype(&self) -> DType {
+        self.embeddings.dtype()
+    }
+
+    /// Whether states have the same size always, so that those of several sequences can move on together.
+    pub fn fixed_state(&self) -> bool {
+        let mut blocks = self.stack.blocks.iter();
+        // A window of the state goes by the number of tokens read.
+        let windowed = matches!(
+            &self.stack.config.mixer,
+            MixerConfig::Mamba2(config) if matches!(config.state_policy, StatePolicy::Window { .. })
+        );
+        !self.stack.config.sinusoid
+            && !windowed
+            && blocks.all(|block| block.mixer.spec().state == StateKind::Fixed)
+    }
+
+    /// ids of equally long sequences, after what `states` have read, to the residual stream before the last norm
+    /// [batch length, d_model]; the states move on. No gradients are kept.
+    pub fn read(&self, ids: &[&[u32]], states: &mut [MixerState]) -> Result<Tensor> {
+        let (batch, length) = (ids.len(), ids.first().map_or(0, |row| row.len()));
         if ids.iter().any(|row| row.len() != length) {
-            bail!("advance: sequences differ in length, expected {length} tokens in each");
+            bail!("read: sequences differ in length, expected {length} tokens in each");
         }
         let start = states.first().map_or(0, |state| state.position);
         let positions = (0..batch).flat_map(|_| start..start + length);
-        let x = self
-            .embedded(&ids.concat(), positions)?
-            .detach()
-            .reshape((batch, length, ()))?;
-        let x = self.stack.advance(&x, states)?;
-        for state in states.iter_mut() {
-            *state = state.detach();
+        let mut x =
+            self.embedded(&ids.concat(), positions)?
+                .detach()
+                .reshape((batch, length, ()))?;
+        for (index, state) in states.iter_mut().enumerate() {
+            x = self
+                .stack
+                .block(index, &x, |mixer, x| {
+                    let (y, next) = mixer.forward(x, Some(state))?;
+                    if let Some(next) = next {
+                        *state = next.detach();
+                    }
+                    Ok(y)
+                })?
+                .detach();
         }
+        x.reshape((batch * length, ()))
+    }
+
+    /// ids of equally long sequences [batch][length], after what `states` have read, to f32 logits of every position
+    /// [batch, length, vocab]; the states move on. No gradients are kept in them.
+    pub fn advance(&self, ids: &[Vec<u32>], states: &mut [MixerState]) -> Result<Tensor> {
+        let rows: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+        let length = rows.first().map_or(0, |row| row.len());
+        let x = self.read(&rows, states)?;
+        let x = x.reshape((rows.len(), length, ()))?;
+        let x = self.stack.normed(&x, &self.stack.norm)?;
         let weight = self.head.as_ref().unwrap_or(&self.embeddings);
         linear(&x.detach(), &weight.detach(), None)?.to_dtype(DType::F32)
     }
@@ -305,6 +355,11 @@ impl LanguageModel for StackLm {
     fn block(&self, index: usize, x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
         self.stack
             .block(index, x, |mixer, x| mixer::packed(mixer, x, lengths))
+    }
+
+    fn after_step(&self) -> Result<()> {
+        let mut blocks = self.stack.blocks.iter();
+        blocks.try_for_each(|block| block.mixer.after_step())
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {

@@ -48,6 +48,27 @@ pub trait WeightSource: Send + Sync {
     /// When it is absent, has not one dimension, or is not stored as F32, F16 or BF16.
     fn vector(&self, name: &str) -> Result<Vec<f32>, WeightsError>;
 
+    /// All values of a tensor of any shape as float32, row-major, as the file holds them.
+    ///
+    /// # Errors
+    /// When it is absent, or stored in a type that has no such values.
+    fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        if self.shape(name).is_none_or(|shape| shape.len() != 2) {
+            return self.vector(name);
+        }
+        let matrix = self.matrix(name)?;
+        let mut values = vec![0.0; matrix.rows * matrix.cols];
+        longspan_kernels::quant::dequantize(matrix.ty, &matrix.bytes, &mut values).map_err(
+            |error| WeightsError::Malformed {
+                file: self.file().to_path_buf(),
+                place: format!("tensor `{name}`"),
+                found: error.to_string(),
+                expected: "whole rows".into(),
+            },
+        )?;
+        Ok(values)
+    }
+
     /// The shape of a tensor, row-major, if it is there.
     fn shape(&self, name: &str) -> Option<&[usize]>;
 

@@ -2,24 +2,60 @@
 //!
 //! The verdict is computed from the measured values by the recipe's rule. A claim that does not hold is reported so.
 
+mod cells;
+mod collapse;
+mod family;
+mod hinting;
 mod length;
+mod orders;
+mod pointing;
 mod signals;
+mod waves;
 
+pub use cells::{Cell, Cells, Check};
+pub use collapse::CollapseRecipe;
+pub use family::FamilyRecipe;
+pub use hinting::{HintRecipe, HintSetting};
 pub use length::LengthRecipe;
+pub use orders::{OrderRecipe, StarOrder, StarRecipe, StarSetting};
+pub use pointing::{PointingRecipe, PointingSetting};
 pub use signals::SignalRecipe;
+pub use waves::WaveRecipe;
 
 use crate::error::{Result, TrainError};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// Recipes that ship with the program: (name, TOML).
-pub const RECIPES: [(&str, &str); 3] = [
+pub const RECIPES: [(&str, &str); 10] = [
     ("nope", include_str!("../../../../recipes/nope.toml")),
     (
         "rnn-review",
         include_str!("../../../../recipes/rnn-review.toml"),
     ),
     ("s4", include_str!("../../../../recipes/s4.toml")),
+    ("lssl", include_str!("../../../../recipes/lssl.toml")),
+    ("longvq", include_str!("../../../../recipes/longvq.toml")),
+    (
+        "mamba-360",
+        include_str!("../../../../recipes/mamba-360.toml"),
+    ),
+    (
+        "stuffed-mamba",
+        include_str!("../../../../recipes/stuffed-mamba.toml"),
+    ),
+    (
+        "order-matters",
+        include_str!("../../../../recipes/order-matters.toml"),
+    ),
+    (
+        "pointer-networks",
+        include_str!("../../../../recipes/pointer-networks.toml"),
+    ),
+    (
+        "task-hinting",
+        include_str!("../../../../recipes/task-hinting.toml"),
+    ),
 ];
 
 /// A recipe file.
@@ -44,6 +80,18 @@ pub enum Experiment {
     Signals(SignalRecipe),
     /// Language models on a token task, compared by exact match at lengths they were not trained at.
     Length(LengthRecipe),
+    /// Models that answer with positions of their input.
+    Pointing(PointingRecipe),
+    /// Orders of sets that are read and written.
+    Orders(OrderRecipe),
+    /// Sorting with helper tasks.
+    Hinting(HintRecipe),
+    /// Waveforms at another sampling rate than trained.
+    Waves(WaveRecipe),
+    /// Mixers of one backbone on streams of tokens.
+    Family(FamilyRecipe),
+    /// States that never learned to forget, and what they hold.
+    Collapse(CollapseRecipe),
 }
 
 /// One setting's measurements.
@@ -113,12 +161,27 @@ pub fn recipe(name: &str) -> Result<Recipe> {
 
 /// Runs a recipe. `watch` hears what is being done, with the share of the work done, and answers whether to go on.
 pub fn run(recipe: &Recipe, watch: &mut dyn FnMut(&str, f64) -> bool) -> Result<Option<Report>> {
+    run_kept(recipe, &mut Cells::in_memory(), watch)
+}
+
+/// As [`run`], with finished parts kept in `cells`: a run that was stopped goes on with what is missing.
+pub fn run_kept(
+    recipe: &Recipe,
+    cells: &mut Cells,
+    watch: &mut dyn FnMut(&str, f64) -> bool,
+) -> Result<Option<Report>> {
     if recipe.seeds == 0 {
         return Err(TrainError::option("seeds", 0, "1 or more"));
     }
     match &recipe.experiment {
         Experiment::Signals(signals) => signals.run(recipe, watch),
         Experiment::Length(length) => length.run(recipe, watch),
+        Experiment::Pointing(pointing) => pointing.run(recipe, cells, watch),
+        Experiment::Orders(orders) => orders.run(recipe, cells, watch),
+        Experiment::Hinting(hinting) => hinting.run(recipe, cells, watch),
+        Experiment::Waves(waves) => waves.run(recipe, cells, watch),
+        Experiment::Family(family) => family.run(recipe, cells, watch),
+        Experiment::Collapse(collapse) => collapse.run(recipe, cells, watch),
     }
 }
 
@@ -135,6 +198,12 @@ mod tests {
             match &recipe.experiment {
                 Experiment::Signals(signals) => signals.check().unwrap(),
                 Experiment::Length(length) => length.check().unwrap(),
+                Experiment::Pointing(pointing) => pointing.check().unwrap(),
+                Experiment::Orders(orders) => orders.check().unwrap(),
+                Experiment::Hinting(hinting) => hinting.check().unwrap(),
+                Experiment::Waves(waves) => waves.check().unwrap(),
+                Experiment::Family(family) => family.check().unwrap(),
+                Experiment::Collapse(collapse) => collapse.check().unwrap(),
             }
         }
         let error = super::recipe("nothing").unwrap_err().to_string();

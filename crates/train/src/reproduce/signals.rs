@@ -132,6 +132,7 @@ impl SignalRecipe {
             baseline: match self.task {
                 SignalTask::Lag(_) => "answering 0: the target's variance, about 1 times the share of steps after the lag".into(),
                 SignalTask::Adding(_) => "answering 1: 1/6".into(),
+                SignalTask::Waveform(_) => "answering 1/3 for every class: 2/9".into(),
             },
             required: format!(
                 "each of {} has at most {} times the error of each of {}, means over seeds",

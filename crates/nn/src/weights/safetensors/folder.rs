@@ -235,6 +235,21 @@ impl WeightSource for HfWeights {
         Ok(values)
     }
 
+    fn values(&self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        if let Some(&(shard, at)) = self.index.get(name) {
+            let tensor = &self.shards[shard].tensors()[at];
+            if tensor.dtype == "I64" {
+                // Counts beside the parameters: the length of a kernel.
+                let bytes = self.shards[shard].data(tensor).chunks_exact(8);
+                return Ok(bytes
+                    .map(|b| i64::from_le_bytes(b.try_into().unwrap_or_default()) as f32)
+                    .collect());
+            }
+        }
+        let (shard, tensor, ty) = self.find(name)?;
+        Ok(to_f32(ty, shard.data(tensor)).unwrap_or_default())
+    }
+
     fn shape(&self, name: &str) -> Option<&[usize]> {
         let &(shard, at) = self.index.get(name)?;
         Some(&self.shards[shard].tensors()[at].shape)

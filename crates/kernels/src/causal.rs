@@ -1,0 +1,381 @@
+//! Causal attention that learns, block by block of queries: scores of a block live in a buffer, nothing quadratic is kept, and
+//! the backward pass makes them again (Dao et al., arXiv 2205.14135, on CPU blocks).
+
+use crate::autograd::{Kernel, Real, apply};
+use crate::cpu::Level;
+use crate::dense::{Left, Packed, add_product, add_product_part};
+use crate::pool::{Pool, SharedMut};
+use candle_core::{Result, Tensor, bail};
+
+/// Queries of a block.
+const ROWS: usize = 64;
+
+/// Softmax attention of queries that are the last of the keys' positions, f32 or f64 on the CPU, differentiable.
+///
+/// query [heads, t, d], key and value [kv_heads, s, d] to [heads, t, d]. A query sees its own position and the `window` - 1 before.
+pub fn causal_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    scale: f64,
+    window: usize,
+) -> Result<Tensor> {
+    let (heads, t, d) = query.dims3()?;
+    let (kv_heads, s, _) = key.dims3()?;
+    if kv_heads == 0
+        || !heads.is_multiple_of(kv_heads)
+        || key.dims() != [kv_heads, s, d]
+        || value.dims() != key.dims()
+        || s < t
+        || window == 0
+    {
+        bail!(
+            "causal attention: found query {:?}, key {:?}, value {:?}, window {window}, expected [heads, t, d], twice \
+             [kv_heads, s, d] with s >= t, and 1 or more",
+            query.dims(),
+            key.dims(),
+            value.dims()
+        );
+    }
+    let op = Causal {
+        level: Level::current(),
+        heads,
+        kv_heads,
+        t,
+        s,
+        d,
+        scale,
+        window,
+    };
+    // Behind the outputs stand the logarithms of the softmax's sums.
+    let both = apply(op, &[query, key, value])?;
+    both.narrow(0, 0, heads * t * d)?.reshape((heads, t, d))
+}
+
+struct Causal {
+    level: Level,
+    heads: usize,
+    kv_heads: usize,
+    t: usize,
+    s: usize,
+    d: usize,
+    scale: f64,
+    window: usize,
+}
+
+impl Causal {
+    /// Keys that query i sees.
+    fn seen(&self, i: usize) -> std::ops::Range<usize> {
+        let end = self.s - self.t + i + 1;
+        end.saturating_sub(self.window)..end
+    }
+
+    fn rows<'a, T: Real>(&self, data: &'a [T]) -> Left<'a, T> {
+        Left {
+            data,
+            row: self.d,
+            col: 1,
+        }
+    }
+
+    /// Products of a block of queries with all keys up to the last that one of them sees, times the scale: [rows, s].
+    fn scores<T: Real>(
+        &self,
+        query: &[T],
+        rows: usize,
+        end: usize,
+        keys: &Packed<T>,
+        out: &mut [T],
+    ) {
+        out.fill(T::zero());
+        let query = self.rows(query);
+        add_product_part(self.level, query, rows, keys, (self.d, end), out, self.s);
+        let scale = T::of(self.scale);
+        for row in out.chunks_exact_mut(self.s.max(1)).take(rows) {
+            row[..end].iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+}
+
+impl Kernel for Causal {
+    fn name(&self) -> &'static str {
+        "causal_attention"
+    }
+
+    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let &Causal { heads, t, s, d, .. } = self;
+        let mut out = vec![T::zero(); heads * t * (d + 1)];
+        let shared = SharedMut::new(&mut out);
+        Pool::global().for_each(heads, |head| {
+            let kv = head / (heads / self.kv_heads) * s * d;
+            let keys = Packed::new(&inputs[1][kv..], d, s, 1, d);
+            let values = Packed::new(&inputs[2][kv..], s, d, d, 1);
+            let mut scores = vec![T::zero(); ROWS.min(t) * s];
+            for first in (0..t).step_by(ROWS) {
+                let rows = ROWS.min(t - first);
+                let end = self.seen(first + rows - 1).end;
+                let query = &inputs[0][(head * t + first) * d..];
+                self.scores(query, rows, end, &keys, &mut scores);
+                // SAFETY: these rows belong to this job alone.
+                let sums = unsafe { shared.slice(heads * t * d + head * t + first, rows) };
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let row = &mut scores[r * s..(r + 1) * s];
+                    let seen = self.seen(first + r);
+                    row[..seen.start].fill(T::zero());
+                    row[seen.end..end].fill(T::zero());
+                    let seen = &mut row[seen];
+                    let top = seen
+                        .iter()
+                        .fold(T::neg_infinity(), |m, &x| if x > m { x } else { m });
+                    let mut total = T::zero();
+                    for x in seen.iter_mut() {
+                        *x = (*x - top).exp_fast();
+                        total += *x;
+                    }
+                    *sum = top + total.ln();
+                    let inverse = T::one() / total;
+                    seen.iter_mut().for_each(|x| *x *= inverse);
+                }
+                // SAFETY: as above.
+                let out = unsafe { shared.slice((head * t + first) * d, rows * d) };
+                let weights = Left {
+                    data: &scores[..],
+                    row: s,
+                    col: 1,
+                };
+                add_product_part(self.level, weights, rows, &values, (end, d), out, d);
+            }
+        });
+        (out, vec![heads * t * (d + 1)])
+    }
+
+    fn backward<T: Real>(&self, inputs: &[&[T]], output: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        let &Causal { heads, t, s, d, .. } = self;
+        let (sums, scale) = (&output[heads * t * d..], T::of(self.scale));
+        let mut grads: Vec<Vec<T>> = inputs.iter().map(|x| vec![T::zero(); x.len()]).collect();
+        let shared: Vec<SharedMut<T>> = grads.iter_mut().map(|g| SharedMut::new(g)).collect();
+        let group = heads / self.kv_heads;
+        Pool::global().for_each(self.kv_heads, |kv_head| {
+            let kv = kv_head * s * d;
+            let turned = Packed::new(&inputs[1][kv..], d, s, 1, d);
+            let keys = Packed::new(&inputs[1][kv..], s, d, d, 1);
+            let values = Packed::new(&inputs[2][kv..], d, s, 1, d);
+            // SAFETY: the rows of a key head, and of its queries, belong to this job alone.
+            let (grad_key, grad_value) =
+                unsafe { (shared[1].slice(kv, s * d), shared[2].slice(kv, s * d)) };
+            let mut weights = vec![T::zero(); ROWS.min(t) * s];
+            let mut slopes = vec![T::zero(); ROWS.min(t) * s];
+            for head in kv_head * group..(kv_head + 1) * group {
+                for first in (0..t).step_by(ROWS) {
+                    let rows = ROWS.min(t - first);
+                    let end = self.seen(first + rows - 1).end;
+                    let at = (head * t + first) * d;
+                    let (query, grad) =
+                        (&inputs[0][at..at + rows * d], &gradient[at..at + rows * d]);
+                    self.scores(query, rows, end, &turned, &mut weights);
+                    slopes.fill(T::zero());
+                    let left = self.rows(grad);
+                    add_product_part(self.level, left, rows, &values, (d, end), &mut slopes, s);
+                    for r in 0..rows {
+                        let out = &output[at + r * d..][..d];
+                        let own = &grad[r * d..][..d];
+                        let dot: T = out.iter().zip(own).map(|(&o, &g)| o * g).sum();
+                        // Also what flows in through the logarithm of the sum, if anything does.
+                        let log = gradient[heads * t * d + head * t + first + r];
+                        let sum = sums[head * t + first + r];
+                        let seen = self.seen(first + r);
+                        let (weights, slopes) = (
+                            &mut weights[r * s..(r + 1) * s],
+                            &mut slopes[r * s..(r + 1) * s],
+                        );
+                        for row in [&mut *weights, &mut *slopes] {
+                            row[..seen.start].fill(T::zero());
+                            row[seen.end..end].fill(T::zero());
+                        }
+                        let pairs = weights[seen.clone()].iter_mut().zip(&mut slopes[seen]);
+                        for (weight, slope) in pairs {
+                            *weight = (*weight - sum).exp_fast();
+                            *slope = *weight * (*slope - dot + log) * scale;
+                        }
+                    }
+                    let across = |data| Left {
+                        data,
+                        row: s,
+                        col: 1,
+                    };
+                    let down = |data| Left {
+                        data,
+                        row: 1,
+                        col: s,
+                    };
+                    // SAFETY: as above.
+                    let grad_query = unsafe { shared[0].slice(at, rows * d) };
+                    add_product_part(
+                        self.level,
+                        across(&slopes[..]),
+                        rows,
+                        &keys,
+                        (end, d),
+                        grad_query,
+                        d,
+                    );
+                    let query = Packed::new(query, rows, d, d, 1);
+                    add_product(self.level, down(&slopes[..]), end, &query, grad_key, d);
+                    let grad = Packed::new(grad, rows, d, d, 1);
+                    add_product(self.level, down(&weights[..]), end, &grad, grad_value, d);
+                }
+            }
+        });
+        grads
+    }
+}
+
+/// The naive twin of [`causal_attention`], in f64 on row-major arrays.
+pub fn naive(
+    query: &[f64],
+    key: &[f64],
+    value: &[f64],
+    (heads, kv_heads, t, s, d): (usize, usize, usize, usize, usize),
+    scale: f64,
+    window: usize,
+) -> Vec<f64> {
+    let mut out = vec![0.0; heads * t * d];
+    for h in 0..heads {
+        let kv = h / (heads / kv_heads);
+        for i in 0..t {
+            let position = s - t + i;
+            let seen = (position + 1).saturating_sub(window)..position + 1;
+            let weight = |j: usize| {
+                let dot: f64 = (0..d)
+                    .map(|k| query[(h * t + i) * d + k] * key[(kv * s + j) * d + k])
+                    .sum();
+                (scale * dot).exp()
+            };
+            let total: f64 = seen.clone().map(weight).sum();
+            for j in seen {
+                for k in 0..d {
+                    out[(h * t + i) * d + k] += weight(j) / total * value[(kv * s + j) * d + k];
+                }
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::gradient_error;
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    fn tensor(shape: &[usize], salt: usize) -> Tensor {
+        let count: usize = shape.iter().product();
+        let values: Vec<f64> = (0..count)
+            .map(|i| ((i * 7919 + salt * 104_729) % 1009) as f64 / 504.5 - 1.0)
+            .collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    fn flat(x: &Tensor) -> Vec<f64> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(25))]
+        #[test]
+        fn every_level_agrees_with_the_naive_twin(
+            kv_heads in 1usize..3, group in 1usize..3, t in 1usize..150, more in 0usize..9, d in 1usize..40, narrow in any::<bool>(), salt in 0usize..99,
+        ) {
+            let (heads, s) = (kv_heads * group, t + more);
+            let window = if narrow { 5 } else { usize::MAX };
+            let (q, k, v) = (tensor(&[heads, t, d], salt), tensor(&[kv_heads, s, d], salt + 1), tensor(&[kv_heads, s, d], salt + 2));
+            let wanted = naive(&flat(&q), &flat(&k), &flat(&v), (heads, kv_heads, t, s, d), 0.7, window);
+            let found = causal_attention(&q, &k, &v, 0.7, window).unwrap();
+            for (found, wanted) in flat(&found).iter().zip(&wanted) {
+                prop_assert!((found - wanted).abs() < 1e-11);
+            }
+            let inputs: Vec<Vec<f32>> = [&q, &k, &v].iter().map(|x| flat(x).iter().map(|&x| x as f32).collect()).collect();
+            let refs: Vec<&[f32]> = inputs.iter().map(|x| &x[..]).collect();
+            for level in Level::available() {
+                let op = Causal { level, heads, kv_heads, t, s, d, scale: 0.7, window };
+                let (out, _) = op.forward(&refs);
+                for (&found, wanted) in out.iter().zip(&wanted) {
+                    prop_assert!((f64::from(found) - wanted).abs() < 1e-5, "{level:?} {found} {wanted}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        for (heads, kv_heads, t, s, window) in [(2, 1, 5, 5, usize::MAX), (2, 2, 3, 6, 2)] {
+            let inputs = [
+                tensor(&[heads, t, 3], 1),
+                tensor(&[kv_heads, s, 3], 2),
+                tensor(&[kv_heads, s, 3], 3),
+            ];
+            let error = gradient_error(&inputs, 1e-6, &|x| {
+                causal_attention(&x[0], &x[1], &x[2], 0.6, window)
+            })
+            .unwrap();
+            assert!(error < 1e-6, "{error}");
+        }
+        let error = causal_attention(
+            &tensor(&[3, 2, 4], 1),
+            &tensor(&[2, 2, 4], 1),
+            &tensor(&[2, 2, 4], 1),
+            1.0,
+            9,
+        );
+        assert!(error.unwrap_err().to_string().contains("causal attention"));
+    }
+
+    #[test]
+    fn gradients_of_several_blocks_are_alike_at_every_level() {
+        let (heads, kv_heads, t, s, d) = (2, 1, 131, 140, 20);
+        let tensors = [
+            tensor(&[heads, t, d], 1),
+            tensor(&[kv_heads, s, d], 2),
+            tensor(&[kv_heads, s, d], 3),
+        ];
+        let op = |level| Causal {
+            level,
+            heads,
+            kv_heads,
+            t,
+            s,
+            d,
+            scale: 0.3,
+            window: 100,
+        };
+        let wide: Vec<Vec<f64>> = tensors.iter().map(flat).collect();
+        let refs: Vec<&[f64]> = wide.iter().map(|x| &x[..]).collect();
+        let (out, _) = op(Level::Portable).forward(&refs);
+        let gradient: Vec<f64> = (0..out.len())
+            .map(|i| {
+                if i < heads * t * d {
+                    ((i * 31) % 17) as f64 / 8.0 - 1.0
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        let exact = op(Level::Portable).backward(&refs, &out, &gradient);
+        let narrow = |x: &Vec<f64>| x.iter().map(|&x| x as f32).collect::<Vec<f32>>();
+        let inputs: Vec<Vec<f32>> = wide.iter().map(narrow).collect();
+        let refs: Vec<&[f32]> = inputs.iter().map(|x| &x[..]).collect();
+        for level in Level::available() {
+            let found = op(level).backward(&refs, &narrow(&out), &narrow(&gradient));
+            for (found, exact) in found.iter().zip(&exact) {
+                let largest = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
+                for (&found, exact) in found.iter().zip(exact) {
+                    assert!(
+                        (f64::from(found) - exact).abs() < 1e-5 * largest,
+                        "{level:?}"
+                    );
+                }
+            }
+        }
+    }
+}
