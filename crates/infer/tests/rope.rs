@@ -11,10 +11,11 @@ use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
 use longspan_kernels::attention::KvDtype;
 use longspan_nn::attention::{Attend, CausalAttention};
 use longspan_nn::config::ModelConfig;
-use longspan_nn::model::{Decoder, Precision};
+use longspan_nn::model::{Decoder, Network, Precision};
 use longspan_nn::position::{LayerRopes, RopeLayout, RopeOverride, RopeTable, XPos, rotate};
 use longspan_nn::weights::safetensors::HfWeights;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// The window of the tiny models here, short enough to be passed several times.
 const WINDOW: usize = 16;
@@ -162,7 +163,7 @@ impl Attend for Naive<'_> {
     }
 }
 
-fn naive(model: &Decoder, attend: &mut Naive<'_>, tokens: &[u32], piece: usize) -> Vec<f32> {
+fn naive(model: &Network, attend: &mut Naive<'_>, tokens: &[u32], piece: usize) -> Vec<f32> {
     tokens
         .chunks(piece)
         .flat_map(|piece| {
@@ -467,7 +468,7 @@ fn windows_grow_with_the_stretch() {
 /// keys as they are; so does the attention by candle ops, and with `keys=kept` the engine.
 #[test]
 fn kept_keys_stay_at_the_angles_they_were_read_at() {
-    let model = std::sync::Arc::new(decoder("llama-tied", None));
+    let model: Arc<Network> = decoder("llama-tied", None).into();
     let (config, vocab) = (model.config(), model.config().vocab_size);
     let tokens = ids(60, 8, vocab);
     // A prompt past the window of 16, single tokens, pieces; and growth from within the window.
@@ -522,7 +523,7 @@ fn kept_keys_are_what_transformers_does_with_its_cache() {
         let model = decoder_of(case.meta_str("model"), None, window);
         let tokens: Vec<u32> = case.i64("input_ids").iter().map(|&id| id as u32).collect();
         let rule = format!("dynamic:{}", case.meta_f64("factor"));
-        let model = std::sync::Arc::new(model);
+        let model: Arc<Network> = model.into();
         let run = |rule: &str| {
             let rope: RopeOverride = rule.parse().unwrap();
             let engine = Engine::with_rope(model.clone(), "tiny", rope).unwrap();

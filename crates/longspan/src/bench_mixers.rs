@@ -244,7 +244,7 @@ mod tests {
             let point = measure(&*mixer, 16, 64, 1).unwrap();
             assert!(point.forward > 0.0 && point.both > 0.0, "{text}");
         }
-        for wrong in ["s5", "s4:d_state", "rnn:cell=lstmm"] {
+        for wrong in ["s99", "s4:d_state", "rnn:cell=lstmm"] {
             assert!(parse(wrong, 8).is_err(), "{wrong}");
         }
         let quadratic = [1000usize, 2000].map(|length| Point {

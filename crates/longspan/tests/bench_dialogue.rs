@@ -23,11 +23,29 @@ fn run(args: &[&str]) -> Output {
 fn sessions_are_held_once_and_told_by_method() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out").display().to_string();
+    // The published format, in small letters: the tiny vocabulary has no others.
+    let talk = folder.path().join("talk.jsonl");
+    let row = |id: String, stem: &str| {
+        let choices = [("A", "an apple"), ("B", "a lemon")];
+        let choices =
+            choices.map(|(label, text)| serde_json::json!({"label": label, "text": text}));
+        serde_json::json!({"id": id, "question": {"stem": stem, "choices": choices}, "answerKey": "A"})
+            .to_string()
+    };
+    let rows = (0..3).flat_map(|n| {
+        [
+            row(format!("key_{n}"), "i bought an apple."),
+            row(format!("{n}"), "what is sour?"),
+            row(format!("answer_{n}"), "what did i buy?"),
+        ]
+    });
+    std::fs::write(&talk, rows.collect::<Vec<_>>().join("\n")).unwrap();
+    let talk = talk.display().to_string();
     let args = [
         "--tasks",
-        "rock-paper-scissors",
-        "--turns",
-        "3",
+        "grocery",
+        "--file",
+        &talk,
         "--method",
         "full",
         "--method",
@@ -46,9 +64,6 @@ fn sessions_are_held_once_and_told_by_method() {
     assert_eq!(lines.len(), 2);
     for line in &lines {
         assert_eq!((&line["sessions"], &line["turns"]), (&3.into(), &9.into()));
-        let game = line["game"].as_array().unwrap();
-        let sum: f64 = game.iter().map(|share| share.as_f64().unwrap()).sum();
-        assert!((sum - 1.0).abs() < 1e-9, "{line}");
     }
     let store = Path::new(&out).join("sessions.jsonl");
     let stored = std::fs::read_to_string(&store).unwrap();

@@ -88,11 +88,10 @@ fn completions_are_those_of_the_engine() {
                 let start = text.find('{').unwrap();
                 let end = text.rfind('}').unwrap();
                 let reply: Value = serde_json::from_str(&text[start..=end]).unwrap();
-                assert_eq!(
-                    reply["choices"][0]["text"],
-                    alone(model, prompt, 12),
-                    "{prompt}"
-                );
+                // Bytes of a character that the last token leaves unfinished are not sent.
+                let whole = |text: &str| text.trim_end_matches('\u{fffd}').to_string();
+                let said = reply["choices"][0]["text"].as_str().unwrap();
+                assert_eq!(whole(said), whole(&alone(model, prompt, 12)), "{prompt}");
             });
         }
     });

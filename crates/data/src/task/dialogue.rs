@@ -142,7 +142,8 @@ fn turn(kind: Kind, user: String, right: String, wrong: Vec<String>, random: &mu
 
 /// A question of general knowledge with five answers.
 fn question(random: &mut Random) -> Turn {
-    let (table, ask): (&[(&str, &str)], fn(&str) -> String) = match random.below(3) {
+    type Ask = fn(&str) -> String;
+    let (table, ask): (&[(&str, &str)], Ask) = match random.below(3) {
         0 => (PLACES, |x| format!("Where would you look for {x}?")),
         1 => (USES, |x| format!("What do people need {x} for?")),
         _ => (ACTIVITIES, |x| format!("What does somebody do who {x}?")),

@@ -346,6 +346,7 @@ fn rows_that_stand_for_themselves_equal_single_queries_bit_for_bit() {
                     tiles: Tiles::Shared(&tiles),
                     mask: Mask::Causal,
                     column_sums: false,
+                    alibi: None,
                 }];
                 let args = Attention {
                     layout,
@@ -624,6 +625,7 @@ fn one_slope_for_each_head() {
             query_start: 40,
             scale: 1.0,
             softcap: None,
+            row_exact: false,
             parts: &parts,
         };
         args.check(32)?;

@@ -270,7 +270,7 @@ mod tests {
             let error = StackFile::parse(file, &text.replace(from, to)).unwrap_err();
             assert!(error.to_string().contains(says), "{error}");
         }
-        let error = StackFile::parse(file, &own.replace("\"s4\"", "\"s5\"")).unwrap_err();
-        assert!(error.to_string().contains("s5"), "{error}");
+        let error = StackFile::parse(file, &own.replace("\"s4\"", "\"s99\"")).unwrap_err();
+        assert!(error.to_string().contains("s99"), "{error}");
     }
 }

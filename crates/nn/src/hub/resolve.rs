@@ -94,7 +94,11 @@ fn local(path: &Path) -> Result<Resolved, HubError> {
         })
     };
     if path.is_dir() {
-        if path.join("config.json").is_file() {
+        // `latest` names the newest checkpoint of a training run.
+        if ["config.json", "latest"]
+            .iter()
+            .any(|name| path.join(name).is_file())
+        {
             return Ok(Resolved::Directory(path.to_owned()));
         }
         let entries = std::fs::read_dir(path).map_err(|e| HubError::local("read", path, e, 0))?;
@@ -109,7 +113,10 @@ fn local(path: &Path) -> Result<Resolved, HubError> {
         found.sort();
         return match found.as_slice() {
             [one] => local(one),
-            [] => wrong("a folder with neither config.json nor a .gguf file".to_owned()),
+            [] => wrong(
+                "a folder with neither config.json nor a .gguf file, and no training run"
+                    .to_owned(),
+            ),
             many => wrong(format!(
                 "{} .gguf files in the folder; name one of them",
                 many.len()

@@ -96,6 +96,7 @@ pub(crate) fn stack_config(
         activation: crate::config::Activation::Silu,
         attention_scale: 1.0,
         attention_softcap: None,
+        alibi_max_bias: None,
         final_softcap: None,
         layers: Vec::<LayerConfig>::new(),
         rope: Vec::new(),

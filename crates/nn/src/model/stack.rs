@@ -293,7 +293,7 @@ impl StackLm {
             x = self
                 .stack
                 .block(index, &x, |mixer, x| {
-                    let (y, next) = mixer.forward(x, Some(state))?;
+                    let (y, next) = mixer.forward(&x.detach(), Some(state))?;
                     if let Some(next) = next {
                         *state = next.detach();
                     }
