@@ -1,6 +1,6 @@
 //! What people see while they wait: progress, numbers with units, a clean Ctrl-C.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -52,12 +52,17 @@ pub fn bar(total: u64, unit: &str, quiet: bool) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(total), target);
     let template = match unit {
         "bytes" => "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left".to_string(),
-        _ => format!(
-            "{{msg}} {{bar:30}} {{human_pos}}/{{human_len}} {unit} {{per_sec}} {{eta}} left"
-        ),
+        _ => format!("{{msg}} {{bar:30}} {{human_pos}}/{{human_len}} {unit} {{rate}} {{eta}} left"),
     };
     if let Ok(style) = ProgressStyle::with_template(&template) {
-        bar.set_style(style);
+        // The library's own rate has four decimals.
+        let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = match state.per_sec() {
+                rate if rate < 10.0 => write!(out, "{rate:.1}/s"),
+                rate => write!(out, "{}/s", HumanCount(rate as u64)),
+            };
+        };
+        bar.set_style(style.with_key("rate", rate));
     }
     bar
 }

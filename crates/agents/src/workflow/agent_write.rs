@@ -400,9 +400,12 @@ impl<'a> AgentWrite<'a> {
                 break;
             }
             let rest = wanted.saturating_sub(words);
-            let mut before = match self.config.parallel {
-                true => String::new(),
-                false => state.text(),
+            let mut before = match (self.config.parallel, attempt) {
+                (true, _) => String::new(),
+                // A small model that wrote nothing took the text so far for a finished one: it sees less of it.
+                (false, 1) if written.is_empty() => last_words(&state.text(), 100).to_string(),
+                (false, 2..) if written.is_empty() => String::new(),
+                (false, _) => state.text(),
             };
             let mut request;
             // Where the window is too small, the end of the text so far must do.
