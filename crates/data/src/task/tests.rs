@@ -1,3 +1,5 @@
+//! Generated tasks: the same by seed, and their answers right by other means.
+
 use super::copy::Variant;
 use super::*;
 

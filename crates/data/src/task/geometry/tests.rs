@@ -1,3 +1,5 @@
+//! Predicates, hulls, triangulations and tours against brute force.
+
 use super::delaunay::{by_incenter, delaunay};
 use super::exact::{incircle, orient2d};
 use super::format::{read_lines, read_tsplib, write_line};
