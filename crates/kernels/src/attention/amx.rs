@@ -11,16 +11,16 @@
 
 use super::flash::{Scratch, Segment};
 use super::layout::PAGE;
-use super::micro::{Entries, Format, Int8Key, Int8Value, Logits, Running};
+use super::micro::{Entries, Format, Int8Key, Int8Value, Logits, Rounded, Running};
 use super::sight::{Sight, sight, tile_bias, visible_bits};
-use super::{Attention, KvDtype, Tile};
+use super::{Attention, KvDtype};
 use crate::tile::{TileUnit, square};
 use std::f32::consts::LOG2_E;
 
 /// Rows of a step: two tiles.
 pub(super) const STEP_ROWS: usize = 32;
 /// Tiles of slots whose probabilities are multiplied with their values at once.
-const CHUNK: usize = 4;
+pub(super) const CHUNK: usize = 4;
 
 /// Whether tiles fit this storage and head size; other shapes take the vector path.
 pub(super) fn fits<T: TileUnit>(args: &Attention) -> bool {
@@ -56,6 +56,7 @@ unsafe fn key_logits<T: TileUnit>(
     key: *const u8,
     s: *mut f32,
     stride: usize,
+    mut between: impl FnMut(usize),
 ) {
     const ROW: usize = PAGE * 4;
     for half in 0..2 {
@@ -68,9 +69,29 @@ unsafe fn key_logits<T: TileUnit>(
             None,
             corners(s.add(half * 32), stride),
             stride * 4,
-            |_| (),
+            &mut between,
         );
     }
+}
+
+/// A tile that some row sees, as tiles of the unit.
+#[derive(Clone, Copy)]
+struct Chosen {
+    keys: *const u8,
+    values: *const u8,
+    /// Int8 only.
+    value_scale: *const f32,
+    /// What its logits need before they become probabilities: its own part.
+    logits: Option<Logits>,
+}
+
+impl Chosen {
+    const NONE: Self = Chosen {
+        keys: std::ptr::null(),
+        values: std::ptr::null(),
+        value_scale: std::ptr::null(),
+        logits: None,
+    };
 }
 
 /// A K or V section as bf16 tiles: itself, or int8 codes expanded into `room`.
@@ -96,8 +117,45 @@ unsafe fn scale_of(args: &Attention, section: *const u8) -> *const f32 {
     }
 }
 
+/// Logits of up to 32 rows and one tile that wait to become probabilities, a few rows whenever the
+/// tile unit is busy.
+struct Waiting {
+    /// What to do to the logits first; `rows` are filled in.
+    logits: Option<Logits>,
+    softmax: Rounded,
+    /// Rows done, of rows used.
+    done: usize,
+    used: usize,
+}
+
+impl Waiting {
+    #[inline(always)]
+    unsafe fn advance<L: Entries>(&mut self, rows: usize) {
+        let rows = (self.done, (self.done + rows).min(self.used));
+        if rows.0 == rows.1 {
+            return;
+        }
+        if let Some(logits) = self.logits {
+            L::logits(&Logits { rows, ..logits });
+        }
+        let mut softmax = self.softmax;
+        softmax.running.rows = rows;
+        L::rounded_softmax(&softmax);
+        self.done = rows.1;
+    }
+
+    /// Rows for each of `times` calls.
+    fn share(&self, times: usize) -> usize {
+        (self.used - self.done).div_ceil(times)
+    }
+}
+
 /// Runs the rows `rows` of a block against the tiles `tiles.0..tiles.1` of a segment.
 /// `scratch.query_bf16` holds the packed queries with 32 rows to spare; `scratch.out` likewise.
+///
+/// The tile unit and the vector units take turns no more than they must: while the unit computes
+/// the logits of one tile, those of the tile before become probabilities, and while it adds the
+/// values of 32 rows, the next rows' first logits do.
 ///
 /// # Safety
 /// As `flash::run`, and [`fits`] holds, and `T` is configured.
@@ -112,120 +170,157 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
 ) {
     let dim = args.layout.head_dim;
     let offset = kv_head * args.layout.section_bytes();
-    let mut chunk: [Option<(&Tile, bool)>; CHUNK] = [None; CHUNK];
+    let width = CHUNK * PAGE;
     let mut index = tiles.0;
     while index < tiles.1 {
-        // The next tiles that any row sees, and whether they need a mask.
+        // The next tiles that any row sees.
+        let mut chunk = [Chosen::NONE; CHUNK];
         let mut count = 0;
         while index < tiles.1 && count < CHUNK {
             let tile = &segment.tiles[index];
             index += 1;
-            match sight(args, segment.part, queries, tile) {
+            let partial = match sight(args, segment.part, queries, tile) {
                 Sight::Nothing => continue,
-                Sight::All => chunk[count] = Some((tile, false)),
-                Sight::Some(..) => chunk[count] = Some((tile, true)),
+                Sight::All => false,
+                Sight::Some(..) => true,
+            };
+            let section = PAGE * dim / 2;
+            let [key, value] = [&tile.keys, &tile.values].map(|plane| plane.as_ptr().add(offset));
+            let room = scratch.keys.room(CHUNK * section)[count * section..].as_mut_ptr();
+            let keys = as_tiles::<L, Int8Key>(args, key, dim / 2, PAGE, room);
+            let room = scratch.values.room(CHUNK * section)[count * section..].as_mut_ptr();
+            let values = as_tiles::<L, Int8Value>(args, value, PAGE / 2, dim, room);
+            let key_scale = scale_of(args, key);
+            let bias = &mut scratch.bias[count];
+            let bias = tile_bias(args, segment.part, kv_head, queries, tile, rows, bias);
+            let mut visible = std::ptr::null();
+            if partial {
+                let bits = &mut scratch.visible[count];
+                visible_bits(args, segment.part, queries, tile, rows, bits);
+                visible = bits.as_ptr();
             }
+            let plain = key_scale.is_null() && bias.is_null() && !partial;
+            chunk[count] = Chosen {
+                keys,
+                values,
+                value_scale: scale_of(args, value),
+                logits: (!plain || args.softcap.is_some()).then_some(Logits {
+                    s: std::ptr::null_mut(),
+                    stride: PAGE,
+                    rows: (0, 0),
+                    key_scale,
+                    softcap: args.softcap.map(|cap| cap * LOG2_E),
+                    bias,
+                    visible,
+                }),
+            };
             count += 1;
         }
         if count == 0 {
             return;
         }
-        // Per tile of the chunk: keys, values, their scales, the visible slots of each row.
-        let mut keys = [std::ptr::null(); CHUNK];
-        let mut values = [std::ptr::null(); CHUNK];
-        let mut value_scales = [0f32; CHUNK * PAGE];
-        for (i, (tile, _)) in chunk[..count].iter().flatten().enumerate() {
-            let section = PAGE * dim / 2;
-            let room = scratch.keys.room(CHUNK * section)[i * section..].as_mut_ptr();
-            keys[i] =
-                as_tiles::<L, Int8Key>(args, tile.keys.as_ptr().add(offset), dim / 2, PAGE, room);
-            let room = scratch.values.room(CHUNK * section)[i * section..].as_mut_ptr();
-            let value = tile.values.as_ptr().add(offset);
-            values[i] = as_tiles::<L, Int8Value>(args, value, PAGE / 2, dim, room);
-            let scales = scale_of(args, value);
-            if !scales.is_null() {
-                std::ptr::copy_nonoverlapping(scales, value_scales[i * PAGE..].as_mut_ptr(), PAGE);
-            }
-        }
-        let width = CHUNK * PAGE;
-        let s = scratch.logits.room(STEP_ROWS * width).as_mut_ptr();
-        let p = scratch
-            .probabilities
-            .room(STEP_ROWS * width / 2)
-            .as_mut_ptr()
-            .cast::<u16>();
-        for first in (rows.0..rows.1).step_by(STEP_ROWS) {
+        let square = STEP_ROWS * PAGE;
+        let logits = scratch.logits.room(2 * square).as_mut_ptr();
+        let probabilities = scratch.probabilities.room(STEP_ROWS * width).as_mut_ptr();
+        let probabilities = probabilities.cast::<u16>();
+        let out = scratch.out.room((rows.1 + STEP_ROWS) * dim).as_mut_ptr();
+        let max = scratch.max.room(rows.1).as_mut_ptr();
+        let sum = scratch.sum.room(rows.1 * 16).as_mut_ptr();
+        let query = scratch.query_bf16.room((rows.1 + STEP_ROWS) * dim / 2);
+        let query = query.as_ptr().cast::<u16>();
+        // Two turns of each buffer: what waits stands in the other one.
+        let buffer = |step: usize| probabilities.add(step % 2 * STEP_ROWS * width);
+        let mut turn = 0;
+        let mut waiting: Option<Waiting> = None;
+        let starts = (rows.0..rows.1).step_by(STEP_ROWS).enumerate();
+        let mut before: Option<(usize, usize)> = None;
+        for (step, first) in starts {
             let used = STEP_ROWS.min(rows.1 - first);
-            let query = scratch
-                .query_bf16
-                .room((first + STEP_ROWS) * dim / 2)
-                .as_ptr();
-            let query = query.cast::<u16>().add(first * dim);
-            for (i, (tile, partial)) in chunk[..count].iter().flatten().enumerate() {
-                key_logits::<T>(query, dim, keys[i], s.add(i * PAGE), width);
-                let key_scale = scale_of(args, tile.keys.as_ptr().add(offset));
-                let step = (first, first + used);
-                let bias = &mut scratch.bias;
-                let bias = tile_bias(args, segment.part, kv_head, queries, tile, step, bias);
-                if *partial || !key_scale.is_null() || args.softcap.is_some() || !bias.is_null() {
-                    let visible = if *partial {
-                        let bits = &mut scratch.visible;
-                        visible_bits(args, segment.part, queries, tile, rows, bits);
-                        scratch.visible.as_ptr().add(first)
-                    } else {
-                        std::ptr::null()
-                    };
-                    L::logits(&Logits {
-                        s: s.add(i * PAGE),
-                        stride: width,
-                        rows: (0, used),
-                        key_scale,
-                        softcap: args.softcap.map(|cap| cap * LOG2_E),
-                        bias: match bias.is_null() {
-                            true => bias,
-                            false => bias.add(first),
+            for (i, chosen) in chunk[..count].iter().enumerate() {
+                let s = logits.add(turn * square);
+                turn = 1 - turn;
+                let share = waiting.as_ref().map_or(0, |w| w.share(dim / 16));
+                key_logits::<T>(query.add(first * dim), dim, chosen.keys, s, PAGE, |_| {
+                    if let Some(waiting) = &mut waiting {
+                        waiting.advance::<L>(share);
+                    }
+                });
+                let mut next = Waiting {
+                    logits: chosen.logits.map(|logits| Logits {
+                        s,
+                        bias: logits.bias.wrapping_add(if logits.bias.is_null() { 0 } else { first }),
+                        visible: logits.visible.wrapping_add(match logits.visible.is_null() {
+                            true => 0,
+                            false => first,
+                        }),
+                        ..logits
+                    }),
+                    softmax: Rounded {
+                        running: Running {
+                            s,
+                            stride: PAGE,
+                            cols: PAGE,
+                            rows: (0, 0),
+                            max: max.add(first),
+                            sum: sum.add(first * 16),
+                            out: out.add(first * dim),
+                            out_cols: dim,
+                            value_scale: chosen.value_scale,
                         },
-                        visible,
+                        to: buffer(step).add(i * PAGE),
+                        stride: width,
+                        before: i * PAGE,
+                    },
+                    done: 0,
+                    used,
+                };
+                if let Some((step, first)) = before.take() {
+                    // The step before has all its probabilities; its rows are not those of `next`.
+                    let used = STEP_ROWS.min(rows.1 - first);
+                    let share = next.share(dim / 16 * count);
+                    let out = out.add(first * dim);
+                    add_values::<T>(&chunk[..count], dim, buffer(step), used, out, || {
+                        next.advance::<L>(share);
                     });
                 }
+                waiting = Some(next);
             }
-            let out = scratch
-                .out
-                .room((first + STEP_ROWS) * dim)
-                .as_mut_ptr()
-                .add(first * dim);
-            L::softmax(&Running {
-                s,
-                stride: width,
-                cols: count * PAGE,
-                rows: (0, used),
-                max: scratch.max.room(rows.1).as_mut_ptr().add(first),
-                sum: scratch.sum.room(rows.1 * 16).as_mut_ptr().add(first * 16),
-                out,
-                out_cols: dim,
-                value_scale: match args.layout.dtype {
-                    KvDtype::Int8 => value_scales.as_ptr(),
-                    _ => std::ptr::null(),
-                },
-                bf16: p,
-            });
-            // Rows beyond the used ones may belong to another head: they must add nothing.
-            p.add(used * width)
-                .write_bytes(0, (STEP_ROWS - used) * width);
-            for col in (0..dim).step_by(32) {
-                square::<T, true>(
-                    |i| rows_of_tiles(p.cast::<u8>().add(i * 64), width * 2),
-                    width * 2,
-                    |i| neighbours(values[i / 2].add(i % 2 * 16 * dim * 4 + col * 4)),
-                    dim * 4,
-                    2 * count,
-                    Some(corners(out.add(col), dim)),
-                    corners(out.add(col), dim),
-                    dim * 4,
-                    |_| (),
-                );
-            }
+            before = Some((step, first));
         }
+        if let (Some(mut waiting), Some((step, first))) = (waiting, before) {
+            waiting.advance::<L>(STEP_ROWS);
+            let out = out.add(first * dim);
+            add_values::<T>(&chunk[..count], dim, buffer(step), waiting.used, out, || ());
+        }
+    }
+}
+
+/// `out += p v` for 32 rows: `p` bf16 `[32][CHUNK * 64]`, of which `used` rows count; `out` `[32][dim]`.
+/// `between` runs whenever the tile unit has got its next tiles.
+#[inline(always)]
+unsafe fn add_values<T: TileUnit>(
+    chunk: &[Chosen],
+    dim: usize,
+    p: *mut u16,
+    used: usize,
+    out: *mut f32,
+    mut between: impl FnMut(),
+) {
+    let width = CHUNK * PAGE;
+    // Rows beyond the used ones may belong to another head: they must add nothing.
+    p.add(used * width).write_bytes(0, (STEP_ROWS - used) * width);
+    for col in (0..dim).step_by(32) {
+        square::<T, true>(
+            |i| rows_of_tiles(p.cast::<u8>().add(i * 64), width * 2),
+            width * 2,
+            |i| neighbours(chunk[i / 2].values.add(i % 2 * 16 * dim * 4 + col * 4)),
+            dim * 4,
+            2 * chunk.len(),
+            Some(corners(out.add(col), dim)),
+            corners(out.add(col), dim),
+            dim * 4,
+            |_| between(),
+        );
     }
 }
 
@@ -245,6 +340,6 @@ pub(super) unsafe fn tile_logits<L: Entries, T: TileUnit>(
     let dim = args.layout.head_dim;
     let key = as_tiles::<L, Int8Key>(args, key, dim / 2, PAGE, room);
     for first in (0..rows).step_by(STEP_ROWS) {
-        key_logits::<T>(query.add(first * dim), dim, key, s.add(first * PAGE), PAGE);
+        key_logits::<T>(query.add(first * dim), dim, key, s.add(first * PAGE), PAGE, |_| ());
     }
 }

@@ -107,9 +107,10 @@ pub(super) struct Scratch {
     pub max: Buffer,
     pub sum: Buffer,
     pub out: Buffer,
-    pub visible: Vec<u64>,
-    /// ALiBi of a tile; see [`tile_bias`].
-    pub bias: Vec<[f32; 2]>,
+    /// Of each row, for as many tiles as are worked on at a time.
+    pub visible: [Vec<u64>; amx::CHUNK],
+    /// ALiBi likewise; see [`tile_bias`].
+    pub bias: [Vec<[f32; 2]>; amx::CHUNK],
     /// Queries as 16-bit integers, four bytes in the place of each f32; see `codes`.
     query_codes: Buffer,
     query_factor: Buffer,
@@ -274,7 +275,7 @@ impl Step<'_> {
             Sight::Nothing => return,
             Sight::All => (0, PAGE),
             Sight::Some(start, end) => {
-                let bits = &mut scratch.visible;
+                let bits = &mut scratch.visible[0];
                 visible_bits(args, segment.part, block.queries, tile, rows, bits);
                 (start, end)
             }
@@ -344,12 +345,12 @@ impl Step<'_> {
             block.queries,
             tile,
             rows,
-            &mut scratch.bias,
+            &mut scratch.bias[0],
         );
         if partial || !key_scale.is_null() || args.softcap.is_some() || !bias.is_null() {
             let softcap = args.softcap.map(|cap| cap * LOG2_E);
             let visible = if partial {
-                scratch.visible.as_ptr()
+                scratch.visible[0].as_ptr()
             } else {
                 std::ptr::null()
             };
@@ -380,7 +381,6 @@ impl Step<'_> {
             out,
             out_cols: width,
             value_scale: scale_of(value),
-            bf16: std::ptr::null_mut(),
         };
         let pairs = (start / 2, end.div_ceil(2));
         if by_words {
@@ -708,13 +708,13 @@ pub(super) unsafe fn column_sums<L: Entries, T: TileUnit>(
                 queries,
                 tile,
                 (0, rows),
-                &mut scratch.bias,
+                &mut scratch.bias[0],
             );
             if partial || !key_scale.is_null() || args.softcap.is_some() || !bias.is_null() {
                 let rows = (0, rows);
                 let visible = if partial {
-                    visible_bits(args, part, queries, tile, rows, &mut scratch.visible);
-                    scratch.visible.as_ptr()
+                    visible_bits(args, part, queries, tile, rows, &mut scratch.visible[0]);
+                    scratch.visible[0].as_ptr()
                 } else {
                     std::ptr::null()
                 };

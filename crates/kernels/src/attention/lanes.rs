@@ -16,6 +16,10 @@ const EXP2: [f32; 6] = [
     0.001_877_576_7,
 ];
 
+/// The same of the third degree: 7.5e-5.
+#[cfg(target_arch = "x86_64")]
+const EXP2_SHORT: [f32; 4] = [0.999_925_2, 0.695_833_5, 0.226_067_16, 0.078_024_52];
+
 /// A vector of `N` f32 and what the kernels do with it.
 ///
 /// # Safety
@@ -44,6 +48,11 @@ pub(super) trait Lanes: Copy + Send + Sync + 'static {
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// 2^x; 0 for x below the normal range and for -infinity.
     unsafe fn exp2(x: Self::V) -> Self::V;
+    /// The same to 2^-13, finer than bf16, where that is cheaper.
+    #[inline(always)]
+    unsafe fn exp2_short(x: Self::V) -> Self::V {
+        Self::exp2(x)
+    }
     /// Is any lane of `a` greater than that of `b`?
     unsafe fn any_gt(a: Self::V, b: Self::V) -> bool;
     unsafe fn reduce_max(v: Self::V) -> f32;
@@ -222,7 +231,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{EXP2, Lanes, Portable};
+    use super::{EXP2, EXP2_SHORT, Lanes, Portable};
     use core::arch::x86_64::*;
 
     #[derive(Clone, Copy)]
@@ -416,6 +425,15 @@ mod x86 {
             let mut p = _mm512_set1_ps(EXP2[5]);
             for k in (0..5).rev() {
                 p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP2[k]));
+            }
+            _mm512_scalef_ps(p, x)
+        }
+        #[inline(always)]
+        unsafe fn exp2_short(x: __m512) -> __m512 {
+            let r = _mm512_reduce_ps::<0x09>(x);
+            let mut p = _mm512_set1_ps(EXP2_SHORT[3]);
+            for k in (0..3).rev() {
+                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXP2_SHORT[k]));
             }
             _mm512_scalef_ps(p, x)
         }

@@ -5,7 +5,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Lanes, Portable};
-use super::layout::PAGE;
+use super::layout::{PAGE, bf16_bits};
 
 /// Base-2 logarithm of a rescale that is not worth doing: probabilities may grow to 2^8 before
 /// the running maximum moves.
@@ -152,8 +152,18 @@ pub(super) struct Running {
     pub out_cols: usize,
     /// Int8 only: value scales, folded into the probabilities after they are summed.
     pub value_scale: *const f32,
-    /// Where probabilities go as bf16, rows `stride` apart; if null they replace the logits.
-    pub bf16: *mut u16,
+}
+
+/// The same for 64 slots whose probabilities go to a matrix of bf16.
+#[derive(Clone, Copy)]
+pub(super) struct Rounded {
+    /// `[rows][64]`; `cols` is 64.
+    pub running: Running,
+    /// Where the probabilities of these slots go, rows `stride` apart.
+    pub to: *mut u16,
+    pub stride: usize,
+    /// Columns before `to` whose values are yet to be added: they follow the maximum.
+    pub before: usize,
 }
 
 /// The loops, compiled for one instruction set.
@@ -166,7 +176,9 @@ pub(super) trait Entries: Lanes {
     /// Numbers that bf16 holds exactly, as `pairs` rows of `cols` interleaved pairs.
     unsafe fn interleave<F: Format>(b: *const u8, pairs: usize, cols: usize, to: *mut u8);
     unsafe fn logits(l: &Logits);
+    /// Probabilities replace the logits.
     unsafe fn softmax(r: &Running);
+    unsafe fn rounded_softmax(r: &Rounded);
     /// `x = 2^(x - lse)`.
     unsafe fn normalise(x: *mut f32, len: usize, lse: f32);
     /// `sums[slot] += sum over rows of 2^(s[row][slot] - lse[row])`.
@@ -210,6 +222,13 @@ macro_rules! entries {
                 $(#[target_feature(enable = $features)])?
                 unsafe fn run(r: &Running) {
                     softmax::<$lanes>(r)
+                }
+                run(r)
+            }
+            unsafe fn rounded_softmax(r: &Rounded) {
+                $(#[target_feature(enable = $features)])?
+                unsafe fn run(r: &Rounded) {
+                    rounded_softmax::<$lanes>(r)
                 }
                 run(r)
             }
@@ -459,12 +478,7 @@ unsafe fn softmax<L: Lanes>(r: &Running) {
         if L::any_gt(top, L::splat(*max + LAZY)) {
             let new = L::reduce_max(top);
             if *max != f32::NEG_INFINITY {
-                let factor = L::splat((*max - new).exp2());
-                L::store(sum, L::mul(L::load(sum), factor));
-                let out = r.out.add(row * r.out_cols);
-                for col in (0..r.out_cols).step_by(L::N) {
-                    L::store(out.add(col), L::mul(L::load(out.add(col)), factor));
-                }
+                rescale::<L>(r, row, (*max - new).exp2());
             }
             *max = new;
         }
@@ -479,12 +493,60 @@ unsafe fn softmax<L: Lanes>(r: &Running) {
                 p = L::mul(p, L::load(r.value_scale.add(col)));
                 q = L::mul(q, L::load(r.value_scale.add(col + L::N)));
             }
-            if r.bf16.is_null() {
-                L::store(s.add(col), p);
-                L::store(s.add(col + L::N), q);
-            } else {
-                L::store_bf16(r.bf16.add(row * r.stride + col), p, q);
+            L::store(s.add(col), p);
+            L::store(s.add(col + L::N), q);
+        }
+        L::store(sum, total);
+    }
+}
+
+/// Multiplies a row's sum and output.
+#[inline(always)]
+unsafe fn rescale<L: Lanes>(r: &Running, row: usize, factor: f32) {
+    let factor = L::splat(factor);
+    let sum = r.sum.add(row * 16);
+    L::store(sum, L::mul(L::load(sum), factor));
+    let out = r.out.add(row * r.out_cols);
+    for col in (0..r.out_cols).step_by(L::N) {
+        L::store(out.add(col), L::mul(L::load(out.add(col)), factor));
+    }
+}
+
+/// Maxima are whole numbers here: rescaling is exact in bf16 too.
+#[inline(always)]
+unsafe fn rounded_softmax<L: Lanes>(rounded: &Rounded) {
+    let r = &rounded.running;
+    for row in r.rows.0..r.rows.1 {
+        let s = r.s.add(row * PAGE);
+        let to = rounded.to.add(row * rounded.stride);
+        let mut top = L::load(s);
+        for col in (L::N..PAGE).step_by(L::N) {
+            top = L::max(top, L::load(s.add(col)));
+        }
+        let max = &mut *r.max.add(row);
+        if L::any_gt(top, L::splat(*max + LAZY)) {
+            let new = L::reduce_max(top).ceil();
+            if *max != f32::NEG_INFINITY {
+                let factor = (*max - new).exp2();
+                rescale::<L>(r, row, factor);
+                for p in std::slice::from_raw_parts_mut(to.sub(rounded.before), rounded.before) {
+                    *p = bf16_bits(f32::from_bits(u32::from(*p) << 16) * factor);
+                }
             }
+            *max = new;
+        }
+        let base = L::splat(if *max == f32::NEG_INFINITY { 0.0 } else { *max });
+        let sum = r.sum.add(row * 16);
+        let mut total = L::load(sum);
+        for col in (0..PAGE).step_by(2 * L::N) {
+            let mut p = L::exp2_short(L::sub(L::load(s.add(col)), base));
+            let mut q = L::exp2_short(L::sub(L::load(s.add(col + L::N)), base));
+            total = L::add(total, L::add(p, q));
+            if !r.value_scale.is_null() {
+                p = L::mul(p, L::load(r.value_scale.add(col)));
+                q = L::mul(q, L::load(r.value_scale.add(col + L::N)));
+            }
+            L::store_bf16(to.add(col), p, q);
         }
         L::store(sum, total);
     }

@@ -24,8 +24,9 @@ use std::f32::consts::LN_2;
 /// Query rows of a block, about: enough to hide the expansion of a tile, few enough to keep the
 /// block near the core and to waste little on the diagonal.
 const BLOCK_ROWS: usize = 192;
-/// The same for f16 over many tiles: its expansion costs more, and the diagonal matters less.
-const BLOCK_ROWS_F16: usize = 384;
+/// The same for 16-bit types over many tiles: expansion and reading cost more, and the diagonal matters
+/// less.
+const BLOCK_ROWS_LONG: usize = 384;
 /// Tiles that are many.
 const MANY_TILES: usize = 32;
 /// The same for int8, which is not expanded.
@@ -275,7 +276,7 @@ fn split(jobs: &[Job], threads: usize) -> (Vec<Item>, Vec<Merge>, usize) {
 fn queries_per_block(args: &Attention) -> usize {
     let rows = match args.layout.dtype {
         KvDtype::Int8 => BLOCK_ROWS_INT8,
-        KvDtype::F16 if tiles_read(args, 0) >= MANY_TILES => BLOCK_ROWS_F16,
+        KvDtype::F16 | KvDtype::Bf16 if tiles_read(args, 0) >= MANY_TILES => BLOCK_ROWS_LONG,
         _ => BLOCK_ROWS,
     };
     (rows / args.group()).max(1)
