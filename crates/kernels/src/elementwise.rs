@@ -41,7 +41,7 @@ pub fn split_rows(rows: usize, width: usize, task: impl Fn(usize, usize) + Sync)
         return task(0, rows);
     }
     let pieces = (pool.threads() * 4).min(rows);
-    pool.for_each(pieces, |piece| {
+    pool.for_each_in_runs(pieces, |piece| {
         let (first, end) = (rows * piece / pieces, rows * (piece + 1) / pieces);
         task(first, end - first);
     });
@@ -319,6 +319,23 @@ multiversion! {
             *weight = s.keep * *weight - s.rate * first / ((second * s.second).sqrt() + s.eps);
         }
     }
+}
+
+/// A copy of `x` `[rows, width]`, each piece made by the thread that works on those rows.
+pub fn copy(x: &[f32], width: usize) -> Vec<f32> {
+    let mut out: Vec<f32> = Vec::with_capacity(x.len());
+    let shared = SharedMut::new(out.spare_capacity_mut());
+    split_rows(x.len() / width.max(1), width, |first, rows| {
+        let range = first * width..(first + rows) * width;
+        // SAFETY: pieces are disjoint, and f32 may be written where nothing is.
+        let to = unsafe { shared.slice(range.start, range.len()) };
+        for (to, x) in to.iter_mut().zip(&x[range]) {
+            to.write(*x);
+        }
+    });
+    // SAFETY: whole rows are all there is.
+    unsafe { out.set_len(x.len()) };
+    out
 }
 
 /// `out += x`.

@@ -264,7 +264,7 @@ pub fn linear_residual(
     match (linear, post_norm) {
         (Linear::Packed { matrix, bias }, None) if is_plain(x) && is_plain(residual) => {
             let tokens = x.dim(0)?;
-            let sum = with_rows(residual, <[f32]>::to_vec)?;
+            let sum = with_rows(residual, |rows| elementwise::copy(rows, matrix.rows()))?;
             let out = with_rows(x, |x| packed(matrix, bias, x, tokens, sum, true))?;
             matrix_tensor(out, tokens)
         }
@@ -304,7 +304,7 @@ pub fn gated_mlp(
                 normed.resize(x.len(), 0.0);
                 elementwise::rms_norm(x, weight, norm.eps as f32, normed);
                 let mut out = match post_norm {
-                    None => x.to_vec(),
+                    None => elementwise::copy(x, last.rows()),
                     Some(_) => uninit(tokens * last.rows()),
                 };
                 let last_how = epilogue(last_bias, post_norm.is_none(), None);

@@ -12,6 +12,7 @@ pub mod plane;
 pub use gather::Gathered;
 
 use longspan_kernels::attention::{KvLayout, PAGE, Tile};
+use longspan_kernels::pool::{Pool, SharedMut};
 use longspan_kernels::slots::Run;
 use plane::{AlignedBytes, Plane, TierFile};
 use std::io;
@@ -176,44 +177,40 @@ impl KvStore {
         count: usize,
     ) {
         let (layout, keep_raw, bytes) = (self.layout, self.keep_raw, self.layout.plane_bytes());
+        if count == 0 {
+            return;
+        }
+        let start = self.layers[layer].len;
+        let (first, _) = self.place(start);
+        let (last, _) = self.place(start + count as u64 - 1);
+        // Of each page the slot and the row it begins with, and its rows.
+        let mut pieces = Vec::with_capacity(last - first + 1);
         let mut done = 0;
-        while done < count {
-            let (page, slot) = self.place(self.layers[layer].len);
+        for page in first..=last {
+            let slot = self.place(start + done as u64).1;
             let capacity = if page == 0 { self.first_page } else { PAGE };
             let n = (capacity - slot).min(count - done);
-            let pages = &mut self.layers[layer].pages;
-            if pages.len() == page {
-                let plane = || Some(Arc::new(Plane::heap(bytes)));
-                pages.push(Page {
-                    rotated: plane(),
-                    raw: keep_raw.then(plane).flatten(),
-                    value: plane(),
-                });
-            }
-            let page = &mut pages[page];
-            layout.write_keys(
-                writable(&mut page.rotated, bytes),
-                slot,
-                rotated.from(done, n),
-                rotated.stride,
-            );
-            if keep_raw {
-                layout.write_keys(
-                    writable(&mut page.raw, bytes),
-                    slot,
-                    raw.from(done, n),
-                    raw.stride,
-                );
-            }
-            layout.write_values(
-                writable(&mut page.value, bytes),
-                slot,
-                values.from(done, n),
-                values.stride,
-            );
-            self.layers[layer].len += n as u64;
+            pieces.push((slot, done, n));
             done += n;
         }
+        let pages = &mut self.layers[layer].pages;
+        pages.resize_with(pages.len().max(last + 1), Page::default);
+        let pages = SharedMut::new(pages);
+        Pool::global().for_each_in_runs(pieces.len(), |index| {
+            let (slot, from, n) = pieces[index];
+            // SAFETY: each page is one piece's.
+            let page = &mut unsafe { pages.slice(first + index, 1) }[0];
+            let keys = |plane: &mut Option<Arc<Plane>>, rows: Rows<'_>| {
+                layout.write_keys(writable(plane, bytes), slot, rows.from(from, n), rows.stride);
+            };
+            keys(&mut page.rotated, rotated);
+            if keep_raw {
+                keys(&mut page.raw, raw);
+            }
+            let to = writable(&mut page.value, bytes);
+            layout.write_values(to, slot, values.from(from, n), values.stride);
+        });
+        self.layers[layer].len += count as u64;
     }
 
     /// Tiles that cover token ranges (ascending, disjoint), for the attention kernel. Errors if a

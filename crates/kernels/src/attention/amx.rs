@@ -13,7 +13,7 @@ use super::flash::{Scratch, Segment};
 use super::layout::PAGE;
 use super::micro::{Entries, Format, Int8Key, Int8Value, Logits, Rounded, Running};
 use super::sight::{Sight, sight, tile_bias, visible_bits};
-use super::{Attention, KvDtype};
+use super::{Attention, KvDtype, Tile};
 use crate::tile::{TileUnit, square};
 use std::f32::consts::LOG2_E;
 
@@ -114,6 +114,43 @@ unsafe fn scale_of(args: &Attention, section: *const u8) -> *const f32 {
     match args.layout.dtype {
         KvDtype::Int8 => section.add(PAGE * args.layout.padded_dim()).cast(),
         _ => std::ptr::null(),
+    }
+}
+
+/// What the next tiles hold, asked into L2 a few lines at a time: it lies too far apart for the
+/// hardware to foresee.
+struct Ahead {
+    /// Keys and values of each tile, then the lines of a section.
+    sections: [*const u8; 2 * CHUNK],
+    lines: usize,
+    /// Lines asked for, of all.
+    done: usize,
+    count: usize,
+}
+
+impl Ahead {
+    fn of(tiles: &[Tile], offset: usize, args: &Attention) -> Self {
+        let lines = args.layout.section_bytes() / 64;
+        let mut sections = [std::ptr::null(); 2 * CHUNK];
+        for (to, tile) in sections.chunks_exact_mut(2).zip(tiles) {
+            to[0] = tile.keys.as_ptr().wrapping_add(offset);
+            to[1] = tile.values.as_ptr().wrapping_add(offset);
+        }
+        Ahead {
+            sections,
+            lines,
+            done: 0,
+            count: 2 * tiles.len().min(CHUNK) * lines,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn advance<L: Entries>(&mut self, lines: usize) {
+        let to = (self.done + lines).min(self.count);
+        for line in self.done..to {
+            L::prefetch(self.sections[line / self.lines].wrapping_add(line % self.lines * 64));
+        }
+        self.done = to;
     }
 }
 
@@ -234,6 +271,9 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
         let mut waiting: Option<Waiting> = None;
         let starts = (rows.0..rows.1).step_by(STEP_ROWS).enumerate();
         let mut before: Option<(usize, usize)> = None;
+        let mut ahead = Ahead::of(&segment.tiles[index..tiles.1], offset, args);
+        let calls = (rows.1 - rows.0).div_ceil(STEP_ROWS) * count * (dim / 16);
+        let lines = ahead.count.div_ceil(calls);
         for (step, first) in starts {
             let used = STEP_ROWS.min(rows.1 - first);
             for (i, chosen) in chunk[..count].iter().enumerate() {
@@ -241,6 +281,7 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
                 turn = 1 - turn;
                 let share = waiting.as_ref().map_or(0, |w| w.share(dim / 16));
                 key_logits::<T>(query.add(first * dim), dim, chosen.keys, s, PAGE, |_| {
+                    ahead.advance::<L>(lines);
                     if let Some(waiting) = &mut waiting {
                         waiting.advance::<L>(share);
                     }

@@ -157,7 +157,7 @@ impl Activations {
                 _ => job.rows(first, rows),
             }
         };
-        Pool::global().for_each(m.div_ceil(ROW_BLOCK), run);
+        Pool::global().for_each_in_runs(m.div_ceil(ROW_BLOCK), run);
     }
 
     /// Row block `index` as panels of `format` need it.

@@ -34,7 +34,6 @@ use crate::tile::Hardware;
 use activation::{Activations, RowBlock};
 use format::{Format, LANES};
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// One tensor of a GGUF file: row-major `[rows, cols]`, blocks along the columns.
 #[derive(Clone, Copy, Debug)]
@@ -373,7 +372,7 @@ impl PackedMatrix {
         // whole runs of each output row, which spares address translations.
         let width = if row_blocks > 1 { PANEL_GROUP } else { 1 };
         let panel_groups = self.panels.div_ceil(width);
-        share(chunks * panel_groups, |unit| {
+        Pool::global().for_each_in_runs(chunks * panel_groups, |unit| {
             let first = unit / panel_groups * chunk;
             let panel = unit % panel_groups * width;
             for index in first..(first + chunk).min(row_blocks) {
@@ -444,28 +443,4 @@ fn kernel(level: Level, format: Format) -> Kernel {
         #[cfg(not(target_arch = "x86_64"))]
         _ => portable::kernel(format),
     }
-}
-
-/// Runs `unit` for `0..units` on all threads: most units in one run of neighbours for each
-/// thread, which streams well, the rest on demand, which evens out.
-fn share(units: usize, unit: impl Fn(usize) + Sync) {
-    let pool = Pool::global();
-    let threads = pool.threads();
-    if threads == 1 || units < 2 {
-        (0..units).for_each(unit);
-        return;
-    }
-    let fixed = units * 3 / 4 / threads;
-    let step = (units / (16 * threads)).max(1);
-    let next = AtomicUsize::new(fixed * threads);
-    pool.broadcast(&|worker| {
-        (worker * fixed..(worker + 1) * fixed).for_each(&unit);
-        loop {
-            let start = next.fetch_add(step, Ordering::Relaxed);
-            if start >= units {
-                break;
-            }
-            (start..(start + step).min(units)).for_each(&unit);
-        }
-    });
 }

@@ -6,7 +6,7 @@
 //! a few hundred rows on. Weights are rounded to 2^-14 of their bound within 64 inputs of a row.
 
 use super::format::{BLOCK, Format, LANES};
-use super::{Epilogue, PackedMatrix, avx512, share};
+use super::{Epilogue, PackedMatrix, avx512};
 use crate::pool::{Pool, SharedMut};
 use crate::words::{Bf16Bits, CHUNK, TOP, WordProduct, expand_columns, product, quantise_row};
 use std::arch::x86_64::*;
@@ -76,7 +76,7 @@ pub(super) unsafe fn run(
     }
     let codes = SharedMut::new(&mut call.codes);
     let factors = SharedMut::new(&mut call.factors);
-    Pool::global().for_each(m.div_ceil(16), |tile| {
+    Pool::global().for_each_in_runs(m.div_ceil(16), |tile| {
         for row in tile * 16..(tile * 16 + 16).min(m) {
             // SAFETY: each row is one task's; its factors are strided, and no other task's.
             unsafe {
@@ -97,7 +97,7 @@ pub(super) unsafe fn run(
         parts *= 2;
     }
     let out = SharedMut::new(out);
-    share(parts * groups.len(), |unit| {
+    Pool::global().for_each_in_runs(parts * groups.len(), |unit| {
         let (part, group) = (unit / groups.len(), &groups[unit % groups.len()]);
         let rows = (part * m / parts, (part + 1) * m / parts);
         UNIT.with_borrow_mut(|room| {
