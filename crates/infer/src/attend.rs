@@ -7,6 +7,7 @@ use crate::context::{Angle, ColumnSums, ContextPolicy, Keys, LayerAt, Plan, Quer
 use crate::kv::{KeyForm, KvStore, Rows};
 use longspan_kernels::attention::{self, Alibi, Attention, Place, Tile, Tiles};
 use longspan_kernels::elementwise::split_rows;
+use longspan_kernels::measure::{Stage, stage};
 use longspan_kernels::pool::SharedMut;
 use longspan_nn::position::{Frequencies, RopeLayout, RopeTable, rotate};
 use std::cell::RefCell;
@@ -235,7 +236,8 @@ pub fn attend_rows(
     let mut offset = 0;
     for row in rows.iter_mut() {
         refresh(row, layer, layout.head_dim)?;
-        if row.count > 0 {
+        let count = row.count;
+        let mut store = || {
             rotate_rows(
                 query.skip(offset),
                 row.count,
@@ -264,9 +266,12 @@ pub fn attend_rows(
                 value.skip(offset),
                 row.count,
             );
+        };
+        if count > 0 {
+            stage(Stage::Keys, &mut store);
         }
         offsets.push(offset);
-        offset += row.count;
+        offset += count;
     }
 
     // Execution blocks: all rows' first blocks together, then their second ones, ...
@@ -318,9 +323,13 @@ pub fn attend_rows(
                             start: call_start,
                             queries: row.count,
                         };
-                        row.policy.begin_layer(call, &queries(0), row.store)?;
+                        stage(Stage::Policy, || {
+                            row.policy.begin_layer(call, &queries(0), row.store)
+                        })?;
                     }
-                    row.policy.plan(at, &queries(first), row.store)?
+                    stage(Stage::Policy, || {
+                        row.policy.plan(at, &queries(first), row.store)
+                    })?
                 }
             };
             let own = &own[offsets[index] * width..];
@@ -428,7 +437,9 @@ pub fn attend_rows(
                 rest = tail;
                 end = start + at.queries * width;
             }
-            let results = attention::attention_batch(&items, &mut outs);
+            let results = stage(Stage::Attention, || {
+                attention::attention_batch(&items, &mut outs)
+            });
             for (result, tiles) in results.into_iter().zip(&tiles) {
                 let of_parts = result
                     .column_sums
@@ -454,7 +465,7 @@ pub fn attend_rows(
                     .store
                     .drop_tokens(layer, 0..(at.end() + 1).saturating_sub(size as u64)),
                 None => {
-                    row.policy.observe(*at, sums, row.store)?;
+                    stage(Stage::Policy, || row.policy.observe(*at, sums, row.store))?;
                     refresh(row, layer, layout.head_dim)?;
                 }
             }

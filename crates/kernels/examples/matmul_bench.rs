@@ -12,6 +12,7 @@
 use longspan_kernels::cpu::Level;
 use longspan_kernels::elementwise::Gate;
 use longspan_kernels::matmul::{Epilogue, MatrixSource, PackedMatrix};
+use longspan_kernels::measure::memory_bandwidth;
 use longspan_kernels::pool::Pool;
 use longspan_kernels::quant::GgmlType;
 use std::hint::black_box;
@@ -93,25 +94,6 @@ fn shortest(budget: f64, mut run: impl FnMut()) -> f64 {
         runs += 1;
     }
     best
-}
-
-/// Bytes a second of a streaming read of a buffer larger than the caches.
-fn memory_bandwidth() -> f64 {
-    let pool = Pool::global();
-    let buffer = vec![1u64; 50 << 20];
-    let share = buffer.len() / pool.threads();
-    let time = shortest(0.8, || {
-        pool.broadcast(&|worker| {
-            let mut sums = [0u64; 32];
-            for chunk in buffer[worker * share..][..share].chunks_exact(32) {
-                for (sum, value) in sums.iter_mut().zip(chunk) {
-                    *sum ^= *value;
-                }
-            }
-            black_box(sums);
-        });
-    });
-    (share * pool.threads() * 8) as f64 / time
 }
 
 /// GFLOP/s of all threads in a loop of the instruction that bounds prefill at this level.

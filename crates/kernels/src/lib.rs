@@ -16,6 +16,7 @@ pub mod elementwise;
 pub mod fftconv;
 pub mod learn;
 pub mod matmul;
+pub mod measure;
 pub mod modal;
 pub mod ops;
 mod panel;

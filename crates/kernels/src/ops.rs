@@ -37,6 +37,17 @@ pub enum Linear {
 }
 
 impl Linear {
+    /// Bytes of weights that a product reads.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Linear::Dense(parts) => parts
+                .iter()
+                .map(|part| part.weight.elem_count() * part.weight.dtype().size_in_bytes())
+                .sum(),
+            Linear::Packed { matrix, .. } => matrix.bytes(),
+        }
+    }
+
     /// x [tokens, in] to [tokens, out].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {

@@ -9,7 +9,9 @@ use longspan_data::tokenize::Special;
 use longspan_infer::engine::Want;
 use longspan_infer::{EngineOptions, Sequence};
 use longspan_kernels::cpu::Level;
+use longspan_kernels::measure;
 use longspan_kernels::pool::Pool;
+use longspan_nn::model::Network;
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -22,7 +24,11 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
             decode,
             tokens,
             repeat,
-        } => speed(prefill, decode, *tokens, *repeat, common),
+            levels,
+        } => match levels {
+            true => every_level(),
+            false => speed(prefill, decode, *tokens, *repeat, common),
+        },
         Bench::Mixers(args) => crate::bench_mixers::run(args, common),
         Bench::Train(args) => crate::bench_train::run(args, common),
         Bench::Decode(args) => crate::bench_decode::run(args, common),
@@ -105,42 +111,82 @@ fn speed(
             opened.load.as_secs_f64()
         );
     }
-    let report = |what: &str, at: usize, runs: &[f64]| {
+    // Of decoding: the bytes of weights and of keys and values that a token reads, and what memory delivers.
+    let weights = match engine.model() {
+        Network::Decoder(decoder) => decoder.bytes_per_token() as f64,
+        Network::Recurrent(_) => 0.0,
+    };
+    let bandwidth = measure::memory_bandwidth();
+    let report = |what: &str, at: usize, runs: &[f64], kv_bytes: f64| {
         let tok_s = median(runs.to_vec());
+        let spent = measure::totals().map(|(stage, time)| (stage.name(), time.as_secs_f64()));
+        let wall: f64 = runs.iter().map(|rate| rate.recip()).sum();
+        let tokens = if what == "prefill" { at } else { count };
+        let shares: Vec<(&str, f64)> = spent
+            .iter()
+            .map(|(name, seconds)| (*name, seconds / (wall * tokens as f64)))
+            .filter(|(_, share)| *share >= 0.0005)
+            .collect();
+        let read =
+            (what == "decode" && weights > 0.0).then(|| (weights + kv_bytes) * tok_s / bandwidth);
         if common.json {
+            let stages: serde_json::Map<String, serde_json::Value> = shares
+                .iter()
+                .map(|(name, share)| (name.to_string(), json!(share)))
+                .collect();
             let row = json!({
                 "peer": "longspan", "model": opened.name, "what": what, "length": at, "depth": at, "tok_s": tok_s,
                 "median": tok_s, "runs": runs, "level": Level::current().name(), "threads": Pool::global().threads(), "kv": format!("{:?}", options.kv).to_lowercase(),
+                "stages": stages, "share_of_memory_bandwidth": read, "memory_bandwidth": bandwidth,
             });
             println!("{row}");
-        } else {
-            println!(
-                "{what:<8} {:>8} tokens  {tok_s:>10.1} tok/s",
-                ui::count(at as u64)
-            );
+            return;
         }
+        let of_memory = read.map_or(String::new(), |share| {
+            format!(
+                "  {:.0} % of the {:.1} GB/s that memory delivers",
+                100.0 * share,
+                bandwidth * 1e-9
+            )
+        });
+        println!(
+            "{what:<8} {:>8} tokens  {tok_s:>10.1} tok/s{of_memory}",
+            ui::count(at as u64)
+        );
+        let known: f64 = shares.iter().map(|(_, share)| share).sum();
+        let list: Vec<String> = shares
+            .iter()
+            .chain([&("rest", 1.0 - known)])
+            .map(|(name, share)| format!("{name} {:.0} %", 100.0 * share))
+            .collect();
+        println!("{:>25}  {}", "", list.join(", "));
     };
     for &length in prefill.iter().filter(|&&length| length > 0) {
         let ids = tokens(length, vocab);
         let mut runs = Vec::new();
         for run in 0..=repeat {
             let mut sequence = engine.sequence(&options, None)?;
+            // The first run warms caches and memory.
+            if run == 1 || repeat == 0 {
+                measure::watch(true);
+            }
             let start = Instant::now();
             fill(&opened, &mut sequence, &ids)?;
             let rate = length as f64 / start.elapsed().as_secs_f64();
-            // The first run warms caches and memory.
             if run > 0 || repeat == 0 {
                 runs.push(rate);
             }
             stop_here()?;
         }
-        report("prefill", length, &runs);
+        report("prefill", length, &runs, 0.0);
     }
     for &depth in decode {
         let mut sequence = engine.sequence(&options, None)?;
         fill(&opened, &mut sequence, &tokens(depth.max(1), vocab))?;
         let ids = tokens(count, vocab);
+        let kv_bytes = sequence.kv_bytes().memory as f64;
         let mut runs = Vec::new();
+        measure::watch(true);
         for _ in 0..repeat.max(1) {
             let mut run = sequence.fork();
             let start = Instant::now();
@@ -150,7 +196,28 @@ fn speed(
             runs.push(count as f64 / start.elapsed().as_secs_f64());
             stop_here()?;
         }
-        report("decode", depth, &runs);
+        report("decode", depth, &runs, kv_bytes);
+    }
+    measure::watch(false);
+    Ok(())
+}
+
+/// The same command once for each level of instructions: a process settles on one.
+fn every_level() -> Result<()> {
+    let program = std::env::current_exe()?;
+    let arguments: Vec<_> = std::env::args_os()
+        .skip(1)
+        .filter(|argument| argument != "--levels")
+        .collect();
+    for level in Level::available().collect::<Vec<_>>().into_iter().rev() {
+        let status = std::process::Command::new(&program)
+            .args(&arguments)
+            .env("LONGSPAN_CPU", level.name())
+            .status()?;
+        stop_here()?;
+        if !status.success() {
+            anyhow::bail!("the run at level {} failed: {status}", level.name());
+        }
     }
     Ok(())
 }

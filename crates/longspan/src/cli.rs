@@ -389,6 +389,9 @@ pub enum Bench {
         /// Runs; the median is printed
         #[arg(long, default_value_t = 3)]
         repeat: usize,
+        /// At each level of instructions that this CPU has, one after the other
+        #[arg(long)]
+        levels: bool,
     },
     /// Context policies and rotary rules beside each other: speed, memory, loss, retrieval
     #[command(after_help = "Examples:

@@ -201,7 +201,12 @@ impl KvStore {
             // SAFETY: each page is one piece's.
             let page = &mut unsafe { pages.slice(first + index, 1) }[0];
             let keys = |plane: &mut Option<Arc<Plane>>, rows: Rows<'_>| {
-                layout.write_keys(writable(plane, bytes), slot, rows.from(from, n), rows.stride);
+                layout.write_keys(
+                    writable(plane, bytes),
+                    slot,
+                    rows.from(from, n),
+                    rows.stride,
+                );
             };
             keys(&mut page.rotated, rotated);
             if keep_raw {

@@ -289,7 +289,11 @@ pub(super) unsafe fn run_segment<L: Entries, T: TileUnit>(
                 let mut next = Waiting {
                     logits: chosen.logits.map(|logits| Logits {
                         s,
-                        bias: logits.bias.wrapping_add(if logits.bias.is_null() { 0 } else { first }),
+                        bias: logits.bias.wrapping_add(if logits.bias.is_null() {
+                            0
+                        } else {
+                            first
+                        }),
                         visible: logits.visible.wrapping_add(match logits.visible.is_null() {
                             true => 0,
                             false => first,
@@ -349,7 +353,8 @@ unsafe fn add_values<T: TileUnit>(
 ) {
     let width = CHUNK * PAGE;
     // Rows beyond the used ones may belong to another head: they must add nothing.
-    p.add(used * width).write_bytes(0, (STEP_ROWS - used) * width);
+    p.add(used * width)
+        .write_bytes(0, (STEP_ROWS - used) * width);
     for col in (0..dim).step_by(32) {
         square::<T, true>(
             |i| rows_of_tiles(p.cast::<u8>().add(i * 64), width * 2),
@@ -381,6 +386,13 @@ pub(super) unsafe fn tile_logits<L: Entries, T: TileUnit>(
     let dim = args.layout.head_dim;
     let key = as_tiles::<L, Int8Key>(args, key, dim / 2, PAGE, room);
     for first in (0..rows).step_by(STEP_ROWS) {
-        key_logits::<T>(query.add(first * dim), dim, key, s.add(first * PAGE), PAGE, |_| ());
+        key_logits::<T>(
+            query.add(first * dim),
+            dim,
+            key,
+            s.add(first * PAGE),
+            PAGE,
+            |_| (),
+        );
     }
 }

@@ -11,6 +11,7 @@ use crate::model::parameters::{Loader, Parameters, Projection};
 use crate::weights::WeightSource;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use longspan_kernels::elementwise::Gate;
+use longspan_kernels::measure::{Stage, stage};
 use longspan_kernels::ops::{self, Embedding, Linear, RmsNorm};
 use std::collections::HashMap;
 
@@ -187,6 +188,15 @@ impl Decoder {
         &self.device
     }
 
+    /// Bytes of weights that one token's pass reads.
+    pub fn bytes_per_token(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| {
+            let matrices = [&layer.qkv, &layer.output, &layer.gate_up, &layer.down];
+            matrices.map(Linear::bytes).iter().sum::<usize>()
+        });
+        layers.sum::<usize>() + self.head.bytes()
+    }
+
     /// The type of activations: that of the embeddings, f32 for packed weights.
     pub fn dtype(&self) -> DType {
         match &self.embedding {
@@ -234,7 +244,10 @@ impl Decoder {
 
     /// hidden [tokens, hidden] to f32 logits [tokens, vocab].
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = ops::norm_linear(hidden, &self.norm, &self.head)?.to_dtype(DType::F32)?;
+        let logits = stage(Stage::Head, || {
+            ops::norm_linear(hidden, &self.norm, &self.head)
+        })?;
+        let logits = logits.to_dtype(DType::F32)?;
         match self.config.final_softcap {
             Some(cap) => (logits / cap as f64)?.tanh()? * cap as f64,
             None => Ok(logits),
@@ -252,7 +265,9 @@ impl Layer {
     ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
         let (heads, kv) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let qkv = ops::norm_linears(x, &self.input_norm, &self.qkv, &[heads, kv, kv])?;
+        let qkv = stage(Stage::Projections, || {
+            ops::norm_linears(x, &self.input_norm, &self.qkv, &[heads, kv, kv])
+        })?;
         let head_norm = |part: Tensor, norm: &Option<RmsNorm>, count: usize| match norm {
             // [tokens, count head_dim] -> [tokens, count, head_dim] and back
             Some(norm) => norm
@@ -264,23 +279,24 @@ impl Layer {
         let key = head_norm(qkv[1].clone(), &self.key_norm, c.num_kv_heads)?; // [tokens, kv]
         let value = qkv[2].clone();
         let attended = attend.attend(index, &query, &key, &value)?; // [tokens, heads]
-        let x = ops::linear_residual(
-            &attended,
-            &self.output,
-            self.post_attention_norm.as_ref(),
-            x,
-        )?;
+        let post_norm = self.post_attention_norm.as_ref();
+        let x = stage(Stage::Projections, || {
+            ops::linear_residual(&attended, &self.output, post_norm, x)
+        })?;
         let gate = match c.activation {
             Activation::Silu => Gate::Silu,
             Activation::GeluTanh => Gate::GeluTanh,
         };
-        ops::gated_mlp(
-            &x,
-            &self.mlp_norm,
-            &self.gate_up,
-            gate,
-            &self.down,
-            self.post_mlp_norm.as_ref(),
-        )
+        let post_norm = self.post_mlp_norm.as_ref();
+        stage(Stage::Mlp, || {
+            ops::gated_mlp(
+                &x,
+                &self.mlp_norm,
+                &self.gate_up,
+                gate,
+                &self.down,
+                post_norm,
+            )
+        })
     }
 }
