@@ -258,7 +258,7 @@ proptest! {
             for level in Level::available().filter(|&level| level < Level::Amx) {
                 // Integers of about 16 bits on one side or both.
                 let integers = level == Level::Avx512 && args.layout.dtype != KvDtype::F32;
-                assert_like_naive(level, args, if integers { 2e-4 } else { 2e-5 });
+                assert_like_naive(level, args, if integers { 4e-4 } else { 2e-5 });
             }
             if Level::detected() == Level::Amx {
                 assert_like_naive(Level::Amx, args, 1.5e-2);
@@ -504,6 +504,70 @@ fn queries_without_keys_give_zeros_and_huge_logits_stay_finite() {
                 assert!((sums - 2.0).abs() < 1e-3, "{}: {sums}", level.name());
             }
         }
+    }
+}
+
+/// Every tile has larger logits than the one before, so that what was summed and what still waits to be
+/// summed has to follow the maximum. Queries are exact in bf16, also times the scale in base 2: sharp
+/// softmaxes agree.
+#[test]
+fn maxima_that_rise_from_tile_to_tile() {
+    let random = &mut Random(23);
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
+        let (heads, dim, queries) = (2, 64, 45);
+        let layout = KvLayout {
+            num_kv_heads: 1,
+            head_dim: dim,
+            dtype,
+        };
+        let signs: Vec<f32> = random.floats(dim, 1.0).iter().map(|x| x.signum()).collect();
+        let pages: Vec<(Vec<u8>, Vec<u8>)> = (1..=7)
+            .map(|size| {
+                let mut pages = page(&layout, random);
+                let mut keys = Vec::new();
+                for _ in 0..PAGE {
+                    let some = 1 + random.below(dim);
+                    let of = |(at, sign): (usize, &f32)| match at < some {
+                        true => sign * size as f32,
+                        false => 0.0,
+                    };
+                    keys.extend(signs.iter().enumerate().map(of));
+                }
+                layout.write_keys(&mut pages.0, 0, &keys, dim);
+                pages
+            })
+            .collect();
+        let tiles = context(&pages, PAGE as u8);
+        let query: Vec<f32> = (0..queries * heads)
+            .flat_map(|row| {
+                signs
+                    .iter()
+                    .map(move |sign| sign / (1 + row % 3 % 2) as f32)
+            })
+            .collect();
+        let parts = [Part {
+            query: &query,
+            tiles: Tiles::Shared(&tiles),
+            mask: Mask::Causal,
+            column_sums: false,
+            alibi: None,
+        }];
+        let args = Attention {
+            layout,
+            num_heads: heads,
+            queries,
+            query_start: 7 * PAGE as u64 - queries as u64,
+            scale: 0.125 * std::f32::consts::LN_2,
+            softcap: None,
+            row_exact: false,
+            parts: &parts,
+        };
+        for level in Level::available() {
+            let tolerance = if level == Level::Amx { 1.5e-2 } else { 2e-3 };
+            assert_like_naive(level, &args, tolerance);
+        }
+        #[cfg(target_arch = "x86_64")]
+        assert_tiles_like_naive(&args);
     }
 }
 
