@@ -27,6 +27,7 @@ fn run_hip(case: &Case, representative: &str) {
     let size = |key: &str| case.meta_usize(key);
     let config = HipConfig {
         k: size("k_mask") as u64,
+        beams: 0,
         block_q: size("block_q"),
         block_k: size("block_k") as u64,
         decode_block_k: size("block_k") as u64,

@@ -46,6 +46,10 @@ pub enum Share {
 pub struct HipConfig {
     /// Tokens selected for a block of queries.
     pub k: u64,
+    /// Key ranges kept in each round of a search, of which the best `k / block_k` blocks are taken in the end; as many
+    /// as those where this is less, which is the published number. Large key blocks make few of them, and a narrow
+    /// search loses what it looks for.
+    pub beams: usize,
     /// Queries that share a search.
     pub block_q: usize,
     /// Tokens of a key block.
@@ -74,7 +78,8 @@ pub struct HipConfig {
 impl Default for HipConfig {
     fn default() -> Self {
         HipConfig {
-            k: 512,
+            k: 1024,
+            beams: 128,
             block_q: 128,
             block_k: 16,
             decode_block_k: 16,
@@ -123,23 +128,32 @@ impl HipConfig {
     }
 }
 
-/// The `beams` best of `blocks` key blocks by beam search over a binary tree of ranges, ascending.
-/// `score(blocks, out)` rates key blocks.
+/// The `keep` best of `blocks` key blocks, ascending, by beam search over a binary tree of ranges, of which each round
+/// keeps `beams`, `keep` at least. `score(blocks, out)` rates key blocks.
 pub fn search(
     blocks: usize,
     beams: usize,
+    keep: usize,
     representative: Representative,
     mut score: impl FnMut(&[usize], &mut [f32]),
 ) -> Vec<usize> {
-    if blocks <= beams {
+    if blocks <= keep {
         return (0..blocks).collect();
+    }
+    let beams = beams.max(keep);
+    let mut scores = Vec::new();
+    if blocks <= beams {
+        let all: Vec<usize> = (0..blocks).collect();
+        scores.resize(blocks, 0.0);
+        score(&all, &mut scores);
+        return best(&scores, keep);
     }
     // (start, size); the ranges tile 0..blocks.
     let edge = |index: usize| blocks * index / beams;
     let mut ranges: Vec<(usize, usize)> = (0..beams)
         .map(|index| (edge(index), edge(index + 1) - edge(index)))
         .collect();
-    let (mut children, mut probes, mut scores) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut children, mut probes) = (Vec::new(), Vec::new());
     // Halvings of blocks / beams until it is at most 1.
     let mut width = beams;
     while width < blocks {
@@ -159,18 +173,25 @@ pub fn search(
         }));
         scores.resize(probes.len(), 0.0);
         score(&probes, &mut scores);
-        let mut order: Vec<usize> = (0..children.len()).collect();
-        if order.len() > beams {
-            order.select_nth_unstable_by(beams - 1, |&a, &b| {
-                scores[b].total_cmp(&scores[a]).then(a.cmp(&b))
-            });
-            order.truncate(beams);
-            order.sort_unstable();
-        }
+        // In the last round every range is the block that was rated.
+        let count = if width < blocks { beams } else { keep };
         ranges.clear();
-        ranges.extend(order.iter().map(|&index| children[index]));
+        ranges.extend(best(&scores, count).into_iter().map(|at| children[at]));
     }
     ranges.into_iter().map(|(start, _)| start).collect()
+}
+
+/// Places of the `count` largest scores, ascending; of equal ones the first.
+fn best(scores: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    if order.len() > count {
+        order.select_nth_unstable_by(count - 1, |&a, &b| {
+            scores[b].total_cmp(&scores[a]).then(a.cmp(&b))
+        });
+        order.truncate(count);
+        order.sort_unstable();
+    }
+    order
 }
 
 /// A search shared by decoded tokens.
@@ -373,6 +394,8 @@ struct Sample {
     width: u64,
     blocks: usize,
     beams: usize,
+    /// Key blocks that are taken.
+    keep: usize,
     /// There are more key blocks than are kept.
     searches: bool,
     /// The query heads of a kv head search together.
@@ -395,7 +418,8 @@ impl Sample {
             visible,
             width,
             blocks: reach.div_ceil(width) as usize,
-            beams: config.k.div_ceil(width) as usize,
+            beams: config.beams,
+            keep: config.k.div_ceil(width) as usize,
             searches: reach > config.k,
             shares: match config.share {
                 Share::None => false,
@@ -455,7 +479,8 @@ impl Sample {
         let prober = Prober::new(&layout, query);
         let (mut scored, mut pieces, mut owners, mut partial) =
             (0, Vec::new(), Vec::new(), Vec::new());
-        let blocks = search(self.blocks, self.beams, representative, |blocks, out| {
+        let (beams, keep) = (self.beams, self.keep);
+        let blocks = search(self.blocks, beams, keep, representative, |blocks, out| {
             pieces.clear();
             owners.clear();
             for (index, &block) in blocks.iter().enumerate() {
@@ -699,7 +724,7 @@ mod tests {
         for representative in [Representative::Center, Representative::First] {
             for (blocks, beams) in [(7, 7), (9, 5), (20, 10), (63, 40), (64, 32), (101, 77)] {
                 let scores: Vec<f32> = (0..blocks).map(|_| uniform(&mut state) as f32).collect();
-                let mut found = search(blocks, beams, representative, |probe, out| {
+                let mut found = search(blocks, beams, beams, representative, |probe, out| {
                     for (out, &block) in out.iter_mut().zip(probe) {
                         *out = scores[block];
                     }
@@ -733,7 +758,7 @@ mod tests {
                     .max_by(|&a, &b| scores[a].total_cmp(&scores[b]))
                     .unwrap();
                 let mut looks = 0;
-                let found = search(blocks, beams, representative, |probe, out| {
+                let found = search(blocks, beams, beams, representative, |probe, out| {
                     looks += probe.len();
                     for (out, &block) in out.iter_mut().zip(probe) {
                         *out = scores[2 * block].max(scores[2 * block + 1]) as f32;
@@ -744,6 +769,46 @@ mod tests {
                 assert!(looks <= 2 * beams * 5, "{looks} blocks were scored");
             }
         }
+    }
+
+    /// Single large scores in noise, far apart: what a narrow search loses and a wide one finds.
+    #[test]
+    fn wide_beams_find_lone_keys_that_narrow_ones_lose() {
+        let (mut state, blocks, keep, draws) = (11u64, 512usize, 32usize, 200);
+        let mut hits = [0; 2];
+        for _ in 0..draws {
+            let at = (uniform(&mut state) * blocks as f64) as usize;
+            let scores: Vec<f32> = (0..blocks)
+                .map(|block| {
+                    // Neighbours are a little better than the rest.
+                    let near = (block as f64 - at as f64).abs() < 8.0;
+                    let lift = if near { 0.8 } else { 0.0 };
+                    (normal(&mut state) + lift) as f32 + if block == at { 9.0 } else { 0.0 }
+                })
+                .collect();
+            for (hits, beams) in hits.iter_mut().zip([keep, 4 * keep]) {
+                let found = search(blocks, beams, keep, Representative::Center, |probe, out| {
+                    for (out, &block) in out.iter_mut().zip(probe) {
+                        *out = scores[block];
+                    }
+                });
+                assert!(found.len() == keep && found.is_sorted());
+                *hits += usize::from(found.contains(&at));
+            }
+        }
+        let [narrow, wide] = hits.map(|hits| hits as f64 / draws as f64);
+        assert!(
+            wide > 0.8 && narrow + 0.15 < wide,
+            "narrow {narrow}, wide {wide}"
+        );
+        // As wide as there are blocks, the search is the exact best.
+        let scores: Vec<f32> = (0..blocks).map(|_| normal(&mut state) as f32).collect();
+        let found = search(blocks, blocks, keep, Representative::Center, |probe, out| {
+            for (out, &block) in out.iter_mut().zip(probe) {
+                *out = scores[block];
+            }
+        });
+        assert_eq!(found, best(&scores, keep));
     }
 
     #[test]
@@ -765,7 +830,7 @@ mod tests {
                 .iter_mut()
                 .zip([Representative::Center, Representative::First])
             {
-                let found = search(keys / 2, 1, representative, |probe, out| {
+                let found = search(keys / 2, 1, 1, representative, |probe, out| {
                     for (out, &block) in out.iter_mut().zip(probe) {
                         *out = scores[2 * block].max(scores[2 * block + 1]) as f32;
                     }
