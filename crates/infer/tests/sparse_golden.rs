@@ -33,6 +33,7 @@ fn run_hip(case: &Case, representative: &str) {
         decode_block_k: size("block_k") as u64,
         share: Share::None,
         stride_q: size("stride_q"),
+        least_q: 0,
         window: size("window") as u64,
         sinks: size("sinks") as u64,
         representative: match representative {

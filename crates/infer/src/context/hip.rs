@@ -54,6 +54,9 @@ pub struct HipConfig {
     pub share: Share,
     /// Every how many of a block's queries take part in its search.
     pub stride_q: usize,
+    /// Fewest queries that take part, where a block has so many: a short question is searched with all its words.
+    /// 0 = as published.
+    pub least_q: usize,
     /// Last tokens always seen.
     pub window: u64,
     /// First tokens always seen.
@@ -78,6 +81,7 @@ impl Default for HipConfig {
             decode_block_k: 16,
             share: Share::Always,
             stride_q: 8,
+            least_q: 16,
             window: 256,
             sinks: 16,
             representative: Representative::Center,
@@ -373,12 +377,14 @@ impl Sample {
         config: &HipConfig,
     ) -> Vec<f32> {
         let (heads, dim) = (queries.num_heads, queries.head_dim);
-        let rows: Vec<usize> = if at.queries < config.stride_q {
+        let stride = match config.least_q {
+            0 => config.stride_q,
+            least => config.stride_q.min((at.queries / least).max(1)),
+        };
+        let rows: Vec<usize> = if at.queries < stride {
             (0..at.queries).collect()
         } else {
-            (config.stride_q - 1..at.queries)
-                .step_by(config.stride_q)
-                .collect()
+            (stride - 1..at.queries).step_by(stride).collect()
         };
         let mut sampled = vec![0f32; heads * rows.len() * dim];
         let mut all_heads = vec![0f32; heads * dim];
