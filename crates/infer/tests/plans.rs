@@ -196,8 +196,8 @@ fn plans_are_causal_and_disjoint() {
             run(&mut Checked(Span::new(&config), 1), calls);
         }
         for text in [
-            "hip:k=12,block_q=4,block_k=3,decode_block_k=3,share=none,window=6,sinks=2,dense_layers=0,refresh=3",
-            "hip:k=12,block_q=4,block_k=3,decode_block_k=5,share=always,window=6,sinks=2,dense_layers=0,refresh=3",
+            "hip:k=12,beams=0,block_q=4,block_k=3,decode_block_k=3,share=none,window=6,sinks=2,dense_layers=0,refresh=3",
+            "hip:k=12,beams=6,block_q=4,block_k=3,decode_block_k=5,share=always,window=6,sinks=2,dense_layers=0,refresh=3",
             "hip:k=8,block_q=8,block_k=2,window=5,sinks=0,dense_layers=0,refresh=1",
         ] {
             let Ok(ContextConfig::Hip(config)) = text.parse() else {

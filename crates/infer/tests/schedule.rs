@@ -272,7 +272,8 @@ fn kept_documents_answer_as_if_read_anew() {
     {
         let scheduler = Scheduler::new(engine.clone(), small());
         for (index, context) in ["full", INFLLM].into_iter().enumerate() {
-            let (document, question) = (ids(90, 7, v), ids(9, 8, v));
+            // A question longer than a block of InfLLM, whose last token is read alone, and one that fits.
+            let (document, questions) = (ids(90, 7, v), [ids(9, 8, v), ids(6, 8, v)]);
             let session = SessionDir::new(folder.path().join(context.split(':').next().unwrap()));
             let mut reading = keep(context, document.clone(), context);
             if let Goal::Keep { save, .. } = &mut reading.goal {
@@ -291,12 +292,14 @@ fn kept_documents_answer_as_if_read_anew() {
                     .unwrap();
             }
             engine.seal(&mut sequence).unwrap();
-            let logits = engine
-                .prefill(&mut sequence, &question, &mut |_, _| {
-                    Ok(ControlFlow::Continue(()))
-                })
-                .unwrap();
-            let best = longspan_infer::decode::logits::argmax(&logits) as u32;
+            let best = questions.each_ref().map(|question| {
+                let logits = engine
+                    .prefill(&mut sequence.fork(), question, &mut |_, _| {
+                        Ok(ControlFlow::Continue(()))
+                    })
+                    .unwrap();
+                longspan_infer::decode::logits::argmax(&logits) as u32
+            });
             drop(sequence);
             for round in 0..3 {
                 if round == 2 {
@@ -309,20 +312,22 @@ fn kept_documents_answer_as_if_read_anew() {
                         90
                     );
                 }
-                let mut asked = job(context, question.clone(), "plain", None, 5);
-                asked.base = Base::Kept(context.into());
-                if let Goal::Answer { watch, .. } = &mut asked.goal {
-                    *watch = true;
+                for (question, best) in questions.iter().zip(&best) {
+                    let mut asked = job(context, question.clone(), "plain", None, 5);
+                    asked.base = Base::Kept(context.into());
+                    if let Goal::Answer { watch, .. } = &mut asked.goal {
+                        *watch = true;
+                    }
+                    let (tokens, summary) = result(submit(&scheduler, asked)).unwrap();
+                    assert_eq!(tokens[0], *best, "{context}, round {round}");
+                    assert_eq!((summary.base, summary.cached), (90, 90));
+                    let shares: f32 = summary.looked.iter().map(|(_, share)| share).sum();
+                    assert!(
+                        (shares - 1.0).abs() < 1e-3,
+                        "{context}: {:?}",
+                        summary.looked
+                    );
                 }
-                let (tokens, summary) = result(submit(&scheduler, asked)).unwrap();
-                assert_eq!(tokens[0], best, "{context}, round {round}");
-                assert_eq!((summary.base, summary.cached), (90, 90));
-                let shares: f32 = summary.looked.iter().map(|(_, share)| share).sum();
-                assert!(
-                    (shares - 1.0).abs() < 1e-3,
-                    "{context}: {:?}",
-                    summary.looked
-                );
             }
             assert_eq!(
                 scheduler.counters().kept.load(Ordering::Relaxed),

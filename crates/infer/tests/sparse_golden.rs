@@ -27,11 +27,13 @@ fn run_hip(case: &Case, representative: &str) {
     let size = |key: &str| case.meta_usize(key);
     let config = HipConfig {
         k: size("k_mask") as u64,
+        beams: 0,
         block_q: size("block_q"),
         block_k: size("block_k") as u64,
         decode_block_k: size("block_k") as u64,
         share: Share::None,
         stride_q: size("stride_q"),
+        least_q: 0,
         window: size("window") as u64,
         sinks: size("sinks") as u64,
         representative: match representative {

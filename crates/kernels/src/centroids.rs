@@ -62,6 +62,11 @@ impl Panels {
         }
     }
 
+    /// Elements of a vector.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
     /// Number of vectors.
     pub fn len(&self) -> usize {
         self.count
@@ -85,32 +90,58 @@ impl Panels {
 
     /// [`Panels::products`] at a given level, or at this CPU's best one if that is lower.
     pub fn products_at(&self, level: Level, queries: &[f32], out: &mut Vec<f32>) -> usize {
-        let level = level.min(Level::detected());
-        let (rows, stride) = (queries.len() / self.dim, self.count.div_ceil(PAGE) * PAGE);
+        let (rows, stride) = (queries.len() / self.dim, self.stride());
         out.resize(rows * stride, 0.0);
+        self.some_at(level, 0..stride / PAGE, queries, |row, column, products| {
+            out[row * stride + column..][..PAGE].copy_from_slice(products);
+        });
+        stride
+    }
+
+    /// Number of vectors, rounded up to whole panels of 64.
+    pub fn stride(&self) -> usize {
+        self.count.next_multiple_of(PAGE)
+    }
+
+    /// Products of queries `[n, dim]` with the vectors of some panels: `write(row, first vector, 64 products)`.
+    ///
+    /// # Panics
+    /// When there are no such panels.
+    pub fn some(
+        &self,
+        panels: Range<usize>,
+        queries: &[f32],
+        write: impl FnMut(usize, usize, &[f32]),
+    ) {
+        self.some_at(Level::current(), panels, queries, write);
+    }
+
+    fn some_at(
+        &self,
+        level: Level,
+        panels: Range<usize>,
+        queries: &[f32],
+        mut write: impl FnMut(usize, usize, &[f32]),
+    ) {
+        let level = level.min(Level::detected());
+        let (rows, size) = (queries.len() / self.dim, self.dim * PAGE);
         SCRATCH.with_borrow_mut(|scratch| {
             let (panel, products) = scratch;
             products.resize(rows * PAGE, 0.0);
-            let mut column = 0;
-            let mut add = |panel: &[f32], products: &mut [f32]| {
+            panel.resize(size, 0.0);
+            for index in panels {
+                let panel = if self.half.is_empty() {
+                    &self.data[index * size..][..size]
+                } else {
+                    expand_f16(level, &self.half[index * size * 2..][..size * 2], panel);
+                    &panel[..]
+                };
                 panel_products(level, panel, self.dim, queries, products);
                 for (row, products) in products.chunks_exact(PAGE).enumerate() {
-                    out[row * stride + column..][..PAGE].copy_from_slice(products);
-                }
-                column += PAGE;
-            };
-            if self.half.is_empty() {
-                let panels = self.data.chunks_exact((self.dim * PAGE).max(1));
-                panels.for_each(|panel| add(panel, products));
-            } else {
-                panel.resize(self.dim * PAGE, 0.0);
-                for section in self.half.chunks_exact(self.dim * PAGE * 2) {
-                    expand_f16(level, section, panel);
-                    add(panel, products);
+                    write(row, index * PAGE, products);
                 }
             }
         });
-        stride
     }
 }
 

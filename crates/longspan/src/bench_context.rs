@@ -15,7 +15,7 @@ use longspan_infer::EngineOptions;
 use longspan_infer::context::{ContextConfig, POLICIES, auto};
 use longspan_kernels::cpu::Level;
 use longspan_kernels::pool::Pool;
-use longspan_nn::position::RopeOverride;
+use longspan_nn::position::{KNOWN_OVERRIDES, RopeOverride};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -122,21 +122,12 @@ fn split_items(text: &str, names: &[&str]) -> Vec<String> {
     items
 }
 
-const ROPES: [&str; 13] = [
-    "own",
-    "default",
-    "linear",
-    "power",
-    "truncated",
-    "xpos",
-    "ntk",
-    "dynamic",
-    "yarn",
-    "longrope",
-    "llama3",
-    "abf",
-    "clex",
-];
+/// Names that a rule of `--ropes` begins with: `own`, and every form that `--rope` takes.
+fn rope_names() -> Vec<&'static str> {
+    let known = KNOWN_OVERRIDES.iter();
+    let names = known.map(|form| form.split([':', '[']).next().unwrap_or(form));
+    std::iter::once("own").chain(names).collect()
+}
 
 /// One policy of each kind, at equal budgets where they have one.
 fn one_of_each(budget: usize, longest: usize, window: u64) -> Result<Vec<ContextConfig>> {
@@ -164,7 +155,7 @@ fn one_of_each(budget: usize, longest: usize, window: u64) -> Result<Vec<Context
 
 /// Runs the grid.
 pub fn run(args: &ContextBench, common: &Common) -> Result<()> {
-    let ropes = split_items(&args.ropes, &ROPES);
+    let ropes = split_items(&args.ropes, &rope_names());
     if ropes.is_empty() || args.lengths.is_empty() {
         bail!("--ropes and --lengths: expected at least one of each");
     }
@@ -524,8 +515,8 @@ mod tests {
             ]
         );
         let items = split_items(
-            "own,yarn:factor=4,original=8192,linear:4+power:0.5,ntk:2",
-            &ROPES,
+            "own,yarn:factor=4,original=8192,linear:4+power:0.5,abf:500000,clex-init:4,dynamic:4,keys=kept,xpos,randomised:0.1,ntk:2",
+            &rope_names(),
         );
         assert_eq!(
             items,
@@ -533,6 +524,11 @@ mod tests {
                 "own",
                 "yarn:factor=4,original=8192",
                 "linear:4+power:0.5",
+                "abf:500000",
+                "clex-init:4",
+                "dynamic:4,keys=kept",
+                "xpos",
+                "randomised:0.1",
                 "ntk:2"
             ]
         );

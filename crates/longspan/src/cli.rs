@@ -204,7 +204,7 @@ pub struct Common {
     /// What a long text's later tokens see: auto, full, window:N, sinks:N_INIT,N_LOCAL,
     /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=.., sirllm:top=..,decay=..,
     /// h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE, squeezed:PERCENTILE,LOWER,
-    /// hip:k=..,window=..,refresh=.., cmr:WINDOW,CAPACITY
+    /// hip:k=..,beams=..,refresh=.., cmr:WINDOW,CAPACITY
     #[arg(long, global = true, value_name = "POLICY")]
     pub context: Option<String>,
     /// Another rotary rule than the model's own, to read past its window: linear:FACTOR, power:EXPONENT,

@@ -4,6 +4,10 @@
 //! For reading long texts in O(T log T) and decoding at a cost that hardly grows. Paper: arXiv
 //! 2406.09827 (the version of ICLR 2025: a range stands for itself by its middle key).
 
+mod search;
+
+pub use search::{Representative, search};
+
 use super::{ContextPolicy, Keys, LayerAt, Part, Plan, PolicyReport, PolicySpec, Queries, Window};
 use super::{full, read_lists, write_lists};
 use crate::kv::{Gathered, KeyForm, KvStore};
@@ -15,17 +19,6 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Which key block stands for a range.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Representative {
-    /// The middle one.
-    #[default]
-    Center,
-    /// The first one, as in the paper's first version.
-    First,
-}
 
 /// Which query heads search together: the union of their queries rates a key block, and they see the same keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +39,10 @@ pub enum Share {
 pub struct HipConfig {
     /// Tokens selected for a block of queries.
     pub k: u64,
+    /// Key ranges kept in each round of a search, of which the best `k / block_k` blocks are taken in the end; as many
+    /// as those where this is less, which is the published number. Large key blocks make few of them, and a narrow
+    /// search loses what it looks for.
+    pub beams: usize,
     /// Queries that share a search.
     pub block_q: usize,
     /// Tokens of a key block.
@@ -57,6 +54,9 @@ pub struct HipConfig {
     pub share: Share,
     /// Every how many of a block's queries take part in its search.
     pub stride_q: usize,
+    /// Fewest queries that take part, where a block has so many: a short question is searched with all its words.
+    /// 0 = as published.
+    pub least_q: usize,
     /// Last tokens always seen.
     pub window: u64,
     /// First tokens always seen.
@@ -74,12 +74,14 @@ pub struct HipConfig {
 impl Default for HipConfig {
     fn default() -> Self {
         HipConfig {
-            k: 512,
+            k: 1024,
+            beams: 256,
             block_q: 128,
             block_k: 16,
             decode_block_k: 16,
             share: Share::Always,
             stride_q: 8,
+            least_q: 16,
             window: 256,
             sinks: 16,
             representative: Representative::Center,
@@ -121,56 +123,6 @@ impl HipConfig {
             }
         }
     }
-}
-
-/// The `beams` best of `blocks` key blocks by beam search over a binary tree of ranges, ascending.
-/// `score(blocks, out)` rates key blocks.
-pub fn search(
-    blocks: usize,
-    beams: usize,
-    representative: Representative,
-    mut score: impl FnMut(&[usize], &mut [f32]),
-) -> Vec<usize> {
-    if blocks <= beams {
-        return (0..blocks).collect();
-    }
-    // (start, size); the ranges tile 0..blocks.
-    let edge = |index: usize| blocks * index / beams;
-    let mut ranges: Vec<(usize, usize)> = (0..beams)
-        .map(|index| (edge(index), edge(index + 1) - edge(index)))
-        .collect();
-    let (mut children, mut probes, mut scores) = (Vec::new(), Vec::new(), Vec::new());
-    // Halvings of blocks / beams until it is at most 1.
-    let mut width = beams;
-    while width < blocks {
-        width *= 2;
-        children.clear();
-        for &(start, size) in &ranges {
-            let left = size / 2;
-            children.push((start, left));
-            children.push((start + left, size - left));
-        }
-        // A child of size 0 is dead; its sibling is alive.
-        children.retain(|&(_, size)| size > 0);
-        probes.clear();
-        probes.extend(children.iter().map(|&(start, size)| match representative {
-            Representative::First => start,
-            Representative::Center => start + size / 2,
-        }));
-        scores.resize(probes.len(), 0.0);
-        score(&probes, &mut scores);
-        let mut order: Vec<usize> = (0..children.len()).collect();
-        if order.len() > beams {
-            order.select_nth_unstable_by(beams - 1, |&a, &b| {
-                scores[b].total_cmp(&scores[a]).then(a.cmp(&b))
-            });
-            order.truncate(beams);
-            order.sort_unstable();
-        }
-        ranges.clear();
-        ranges.extend(order.iter().map(|&index| children[index]));
-    }
-    ranges.into_iter().map(|(start, _)| start).collect()
 }
 
 /// A search shared by decoded tokens.
@@ -373,6 +325,8 @@ struct Sample {
     width: u64,
     blocks: usize,
     beams: usize,
+    /// Key blocks that are taken.
+    keep: usize,
     /// There are more key blocks than are kept.
     searches: bool,
     /// The query heads of a kv head search together.
@@ -395,7 +349,8 @@ impl Sample {
             visible,
             width,
             blocks: reach.div_ceil(width) as usize,
-            beams: config.k.div_ceil(width) as usize,
+            beams: config.beams,
+            keep: config.k.div_ceil(width) as usize,
             searches: reach > config.k,
             shares: match config.share {
                 Share::None => false,
@@ -422,12 +377,14 @@ impl Sample {
         config: &HipConfig,
     ) -> Vec<f32> {
         let (heads, dim) = (queries.num_heads, queries.head_dim);
-        let rows: Vec<usize> = if at.queries < config.stride_q {
+        let stride = match config.least_q {
+            0 => config.stride_q,
+            least => config.stride_q.min((at.queries / least).max(1)),
+        };
+        let rows: Vec<usize> = if at.queries < stride {
             (0..at.queries).collect()
         } else {
-            (config.stride_q - 1..at.queries)
-                .step_by(config.stride_q)
-                .collect()
+            (stride - 1..at.queries).step_by(stride).collect()
         };
         let mut sampled = vec![0f32; heads * rows.len() * dim];
         let mut all_heads = vec![0f32; heads * dim];
@@ -455,7 +412,8 @@ impl Sample {
         let prober = Prober::new(&layout, query);
         let (mut scored, mut pieces, mut owners, mut partial) =
             (0, Vec::new(), Vec::new(), Vec::new());
-        let blocks = search(self.blocks, self.beams, representative, |blocks, out| {
+        let (beams, keep) = (self.beams, self.keep);
+        let blocks = search(self.blocks, beams, keep, representative, |blocks, out| {
             pieces.clear();
             owners.clear();
             for (index, &block) in blocks.iter().enumerate() {
@@ -674,109 +632,5 @@ impl ContextPolicy for Hip {
             scored: self.scored,
             ..PolicyReport::default()
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn uniform(state: &mut u64) -> f64 {
-        *state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (*state >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    fn normal(state: &mut u64) -> f64 {
-        let (a, b) = (uniform(state).max(1e-300), uniform(state));
-        (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
-    }
-
-    #[test]
-    fn a_wide_search_is_the_exact_best() {
-        let mut state = 1;
-        for representative in [Representative::Center, Representative::First] {
-            for (blocks, beams) in [(7, 7), (9, 5), (20, 10), (63, 40), (64, 32), (101, 77)] {
-                let scores: Vec<f32> = (0..blocks).map(|_| uniform(&mut state) as f32).collect();
-                let mut found = search(blocks, beams, representative, |probe, out| {
-                    for (out, &block) in out.iter_mut().zip(probe) {
-                        *out = scores[block];
-                    }
-                });
-                // Where every range holds two blocks at most, each is looked at.
-                let mut order: Vec<usize> = (0..blocks).collect();
-                order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-                order.truncate(beams);
-                order.sort_unstable();
-                found.sort_unstable();
-                assert_eq!(found, order, "{blocks} blocks, {beams} beams");
-            }
-        }
-    }
-
-    #[test]
-    fn planted_peaks_are_found_and_cost_is_logarithmic() {
-        let (mut state, keys, beams) = (7u64, 4096usize, 64usize);
-        let blocks = keys / 2;
-        for representative in [Representative::Center, Representative::First] {
-            for draw in 0..200 {
-                let at = (uniform(&mut state) * keys as f64) as usize;
-                let width = keys as f64 / if draw % 2 == 0 { 64.0 } else { 256.0 };
-                let scores: Vec<f64> = (0..keys)
-                    .map(|key| {
-                        let x = (key as f64 - at as f64) / width;
-                        (-x * x / 2.0).exp() + 0.02 * normal(&mut state)
-                    })
-                    .collect();
-                let best = (0..keys)
-                    .max_by(|&a, &b| scores[a].total_cmp(&scores[b]))
-                    .unwrap();
-                let mut looks = 0;
-                let found = search(blocks, beams, representative, |probe, out| {
-                    looks += probe.len();
-                    for (out, &block) in out.iter_mut().zip(probe) {
-                        *out = scores[2 * block].max(scores[2 * block + 1]) as f32;
-                    }
-                });
-                assert!(found.contains(&(best / 2)), "draw {draw}: {best} is lost");
-                // 2 m a halving, log2(n / m) halvings.
-                assert!(looks <= 2 * beams * 5, "{looks} blocks were scored");
-            }
-        }
-    }
-
-    #[test]
-    fn one_beam_needs_the_middle_key() {
-        let (mut state, keys, draws) = (3u64, 4096usize, 300);
-        let mut hits = [0; 2];
-        for _ in 0..draws {
-            let at = (uniform(&mut state) * keys as f64) as usize;
-            let scores: Vec<f64> = (0..keys)
-                .map(|key| {
-                    let far = (key as f64 - at as f64).abs();
-                    (-far / 512.0).exp() + 0.005 * normal(&mut state)
-                })
-                .collect();
-            let best = (0..keys)
-                .max_by(|&a, &b| scores[a].total_cmp(&scores[b]))
-                .unwrap();
-            for (hits, representative) in hits
-                .iter_mut()
-                .zip([Representative::Center, Representative::First])
-            {
-                let found = search(keys / 2, 1, representative, |probe, out| {
-                    for (out, &block) in out.iter_mut().zip(probe) {
-                        *out = scores[2 * block].max(scores[2 * block + 1]) as f32;
-                    }
-                });
-                *hits += usize::from(found == [best / 2]);
-            }
-        }
-        let [center, first] = hits.map(|hits| hits as f64 / draws as f64);
-        assert!(
-            center >= 0.5 && first <= 0.1,
-            "center {center}, first {first}"
-        );
     }
 }

@@ -47,9 +47,9 @@ pub enum Heads {
 #[serde(rename_all = "kebab-case")]
 pub enum Question {
     /// By itself, as in the published code.
-    #[default]
     LastAlone,
-    /// With the whole question, if that fits `exec_block`.
+    /// With the whole question, if that fits `exec_block`: one word of an answer's beginning says little of what is asked.
+    #[default]
     Whole,
 }
 
@@ -98,7 +98,7 @@ impl Default for InfLlmConfig {
             evict: Evict::Lru,
             decay: 0.1,
             heads: Heads::Shared,
-            question: Question::LastAlone,
+            question: Question::Whole,
             chunk: 2048,
             compat_overlap: false,
         }

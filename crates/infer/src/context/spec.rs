@@ -61,7 +61,7 @@ pub const POLICIES: [&str; 11] = [
     "cmr",
 ];
 
-const KNOWN: &str = "full, window:SIZE, sinks:N_INIT,N_LOCAL, lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=...,block=...,topk=..., sirllm:top=...,decay=..., h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE,sinks=..., squeezed:PERCENTILE,LOWER, hip:k=...,window=...,refresh=..., cmr:WINDOW,CAPACITY,keep=...";
+const KNOWN: &str = "full, window:SIZE, sinks:N_INIT,N_LOCAL, lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=...,block=...,topk=..., sirllm:top=...,decay=..., h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE,sinks=..., squeezed:PERCENTILE,LOWER, hip:k=...,beams=...,window=...,refresh=..., cmr:WINDOW,CAPACITY,keep=...";
 
 impl ContextConfig {
     /// Makes the policy for a model with this trained window (tokens).
@@ -245,7 +245,7 @@ mod tests {
             "span:full=every-5,local=block-prev-256,sinks=0",
             "span:full=3+9,local=window-64",
             "squeezed:0.9,0.5",
-            "hip:k=1024,window=512,representative=first,prefill=false,share=always",
+            "hip:k=2048,beams=0,window=512,representative=first,prefill=false,share=none",
             "squeezed:0.9,sinks=0,refresh=8,share=none",
             "cmr:layers=3",
             "cmr:512,64,layers=3+7,distance=own",
@@ -270,7 +270,7 @@ mod tests {
             ("infllm:block=3,block=4", "twice"),
             ("span:local=row-3", "block-prev-SIZE"),
             ("h2o:positions=far", "absolute"),
-            ("hip:beams=3", "beams"),
+            ("hip:depth=3", "depth"),
             ("cmr:distance=far", "own"),
         ] {
             let error = text.parse::<ContextConfig>().unwrap_err().to_string();

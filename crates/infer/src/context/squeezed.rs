@@ -15,7 +15,7 @@ use clusters::scores_of;
 use super::hip::Share;
 use super::{Call, ContextPolicy, Keys, LayerAt, Part, Plan, PolicyReport, PolicySpec, Queries};
 use crate::kv::{Gathered, KeyForm, KvStore};
-use longspan_kernels::attention::{KvDtype, Mask};
+use longspan_kernels::attention::{KvDtype, Mask, PAGE};
 use longspan_kernels::centroids::Panels;
 use longspan_kernels::pool::{Pool, SharedMut};
 use serde::{Deserialize, Serialize};
@@ -332,12 +332,26 @@ impl Squeezed {
             index.thresholds
         };
         let units = heads / together;
+        let clusters = |unit: usize| &clusters[unit * kv_heads / units];
+        let queries = |unit: usize| of_heads(&rows, heads, dim, unit * together, together);
+        // A decoded token has fewer units than there may be threads: its products are shared out by panels.
+        let mut products = match at.queries == 1 && thresholds.coarse.is_none() {
+            true => shared_products(units, &clusters, &queries),
+            false => Vec::new(),
+        };
+        let own = !products.is_empty();
+        let products = SharedMut::new(&mut products);
         let mut kept: Vec<(Vec<Range<u64>>, u64)> = vec![(Vec::new(), 0); units];
         let slots = SharedMut::new(&mut kept);
         let one = |unit: usize| {
-            let queries = of_heads(&rows, heads, dim, unit * together, together);
-            let clusters = &clusters[unit * kv_heads / units];
-            let (mut ranges, looked) = clusters.kept(&queries, together, self.scale, thresholds);
+            let clusters = clusters(unit);
+            let (mut ranges, looked) = if own {
+                // SAFETY: each unit has products of its own.
+                let products = unsafe { &mut products.slice(unit, 1)[0] };
+                clusters.kept_of(products, together, self.scale, thresholds.fine)
+            } else {
+                clusters.kept(&queries(unit), together, self.scale, thresholds)
+            };
             for range in &mut ranges {
                 *range = index.sinks + range.start..index.sinks + range.end;
             }
@@ -392,6 +406,42 @@ fn keys_of(
         layout.read_key(planes[page], kv_head, slot, key);
     }
     Ok(keys)
+}
+
+/// Products of each unit's queries [n, head_dim] with its centroids: [n, stride] by unit.
+fn shared_products<'a>(
+    units: usize,
+    clusters: &(dyn Fn(usize) -> &'a Clusters + Sync),
+    queries: &(dyn Fn(usize) -> Vec<f32> + Sync),
+) -> Vec<Vec<f32>> {
+    /// Panels of a task: some microseconds of work.
+    const PANELS: usize = 8;
+    let queries: Vec<Vec<f32>> = (0..units).map(queries).collect();
+    let panels = |unit: usize| &clusters(unit).panels;
+    let mut products: Vec<Vec<f32>> = (0..units)
+        .map(|unit| vec![0f32; queries[unit].len() / panels(unit).dim() * panels(unit).stride()])
+        .collect();
+    let outs: Vec<SharedMut<f32>> = products.iter_mut().map(|out| SharedMut::new(out)).collect();
+    let tasks: Vec<(usize, usize)> = (0..units)
+        .flat_map(|unit| {
+            let count = panels(unit).stride() / PAGE;
+            (0..count).step_by(PANELS).map(move |first| (unit, first))
+        })
+        .collect();
+    Pool::global().for_each(tasks.len(), |task| {
+        let (unit, first) = tasks[task];
+        let (panels, stride) = (panels(unit), panels(unit).stride());
+        let end = (first + PANELS).min(stride / PAGE);
+        panels.some(first..end, &queries[unit], |row, column, found| {
+            // SAFETY: tasks have columns of their own.
+            unsafe {
+                outs[unit]
+                    .slice(row * stride + column, PAGE)
+                    .copy_from_slice(found)
+            };
+        });
+    });
+    products
 }
 
 /// Some heads of rows [n, heads head_dim], one after another: [count, n, head_dim].

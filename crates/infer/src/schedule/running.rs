@@ -60,13 +60,19 @@ pub(super) struct Running<'e> {
 
 /// Tokens of the next call that reads a prompt of which `left` are left: what [`Engine::prefill`] would read, but no
 /// more than `budget` where calls may be cut without changing results.
-pub(super) fn piece(spec: &PolicySpec, left: usize, answers: bool, budget: usize) -> usize {
-    // The last token of a prompt is read by itself under policies with blocks.
-    let body = if answers && spec.exec_block.is_some() {
-        left - 1
-    } else {
-        left
-    };
+/// `asks`: none of what is left was read yet, and it follows a text that was.
+pub(super) fn piece(
+    spec: &PolicySpec,
+    left: usize,
+    answers: bool,
+    asks: bool,
+    budget: usize,
+) -> usize {
+    // The last token of a prompt is read by itself under policies with blocks, or with its question.
+    let alone = spec
+        .exec_block
+        .is_some_and(|most| !(spec.whole_question && asks && left <= most));
+    let body = if answers && alone { left - 1 } else { left };
     if body == 0 {
         return 1;
     }
@@ -109,7 +115,9 @@ impl Running<'_> {
         } else {
             budget
         };
-        Some(piece(&sequence.spec(), left, self.answers(), budget))
+        let (known, cached) = (self.summary.base + read, self.summary.cached);
+        let asks = cached > 0 && known == cached;
+        Some(piece(&sequence.spec(), left, self.answers(), asks, budget))
     }
 
     /// The sequence and the tokens of the next call.

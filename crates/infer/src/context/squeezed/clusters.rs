@@ -136,22 +136,11 @@ impl Clusters {
         scale: f32,
         thresholds: Thresholds,
     ) -> (Vec<Range<u64>>, u64) {
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        let mut add = |cluster: usize| {
-            let slots = u64::from(self.starts[cluster])..u64::from(self.starts[cluster + 1]);
-            match ranges.last_mut() {
-                Some(last) if last.end == slots.start => last.end = slots.end,
-                _ if slots.is_empty() => {}
-                _ => ranges.push(slots),
-            }
-        };
         let Some(coarse) = thresholds.coarse else {
             let scores = self.scores(queries, heads, scale);
-            (0..scores.len())
-                .filter(|&cluster| scores[cluster] > thresholds.fine)
-                .for_each(&mut add);
-            return (ranges, scores.len() as u64);
+            return (self.above(&scores, thresholds.fine), scores.len() as u64);
         };
+        let mut ranges: Vec<Range<u64>> = Vec::new();
         let above = self.coarse_scores(queries, heads, scale);
         let mut runs: Vec<Range<usize>> = Vec::new();
         for parent in (0..above.len()).filter(|&parent| above[parent] > coarse) {
@@ -177,8 +166,41 @@ impl Clusters {
         clusters()
             .zip(&scores)
             .filter(|(_, score)| **score > thresholds.fine)
-            .for_each(|(cluster, _)| add(cluster));
+            .for_each(|(cluster, _)| self.add(cluster, &mut ranges));
         (ranges, looked)
+    }
+
+    /// What [`Clusters::kept`] finds on one level, from the products of the queries with all centroids:
+    /// `[heads n, stride]`, which are overwritten.
+    pub(super) fn kept_of(
+        &self,
+        products: &mut [f32],
+        heads: usize,
+        scale: f32,
+        threshold: f32,
+    ) -> (Vec<Range<u64>>, u64) {
+        let (stride, counts) = (self.panels.stride(), self.counts());
+        let scores = best_of_heads(products, stride, &counts, heads, scale);
+        (self.above(&scores, threshold), scores.len() as u64)
+    }
+
+    /// The slots of clusters that score above a threshold.
+    fn above(&self, scores: &[f32], threshold: f32) -> Vec<Range<u64>> {
+        let mut ranges = Vec::new();
+        (0..scores.len())
+            .filter(|&cluster| scores[cluster] > threshold)
+            .for_each(|cluster| self.add(cluster, &mut ranges));
+        ranges
+    }
+
+    /// Adds a cluster's slots to ascending ranges.
+    fn add(&self, cluster: usize, ranges: &mut Vec<Range<u64>>) {
+        let slots = u64::from(self.starts[cluster])..u64::from(self.starts[cluster + 1]);
+        match ranges.last_mut() {
+            Some(last) if last.end == slots.start => last.end = slots.end,
+            _ if slots.is_empty() => {}
+            _ => ranges.push(slots),
+        }
     }
 }
 
