@@ -7,7 +7,7 @@ use longspan_agents::chat::model::{Call, ChatError, Input, Request, ignore};
 use longspan_agents::chat::scripted::Scripted;
 use longspan_agents::memory::scm::controller::{self, Candidate, Form};
 use longspan_agents::memory::scm::stream::{MemoryStream, cosine};
-use longspan_agents::memory::scm::{Mode, Scm, ScmConfig, ScmError};
+use longspan_agents::memory::scm::{Mode, Scm, ScmConfig, ScmError, Turn};
 use longspan_agents::rag::HashedWords;
 use longspan_data::random::Random;
 use std::io::{BufRead, BufReader};
@@ -119,8 +119,7 @@ const FACTS: [(&str, &str); 10] = [
 
 fn talk(config: &ScmConfig, turns: usize) -> (Scm, Scripted, HashedWords) {
     let (model, embedder) = (reader(), HashedWords::default());
-    let stream = MemoryStream::in_memory().unwrap();
-    let mut scm = Scm::new(stream, config.clone(), &model, &embedder).unwrap();
+    let mut scm = fresh(config.clone(), &model, &embedder).unwrap();
     let mut random = Random::new(4, "talk");
     for n in 0..turns {
         let line = match n % 7 {
@@ -140,17 +139,29 @@ fn talk(config: &ScmConfig, turns: usize) -> (Scm, Scripted, HashedWords) {
 }
 
 fn say(scm: &mut Scm, model: &Scripted, embedder: &HashedWords, line: &str) -> String {
+    turn(scm, model, embedder, None, line).unwrap().reply.text
+}
+
+fn turn(
+    scm: &mut Scm,
+    model: &Scripted,
+    embedder: &HashedWords,
+    system: Option<&str>,
+    line: &str,
+) -> Result<Turn, ScmError> {
     let request = Request::chat(Vec::new());
-    let turn = scm.turn(
-        model,
-        embedder,
-        &request,
-        None,
-        line,
-        &Call::default(),
-        &mut ignore,
-    );
-    turn.unwrap().reply.text
+    let call = Call::default();
+    scm.turn(model, embedder, &request, system, line, &call, &mut ignore)
+}
+
+/// A memory that lives as long as the test.
+fn fresh(config: ScmConfig, model: &Scripted, embedder: &HashedWords) -> Result<Scm, ScmError> {
+    Scm::new(MemoryStream::in_memory().unwrap(), config, model, embedder)
+}
+
+/// The memory of a file, with the small window.
+fn kept(file: &Path, model: &Scripted, embedder: &HashedWords) -> Scm {
+    Scm::new(MemoryStream::open(file).unwrap(), small(), model, embedder).unwrap()
 }
 
 fn small() -> ScmConfig {
@@ -196,18 +207,7 @@ fn without_long_term_memory_the_talk_is_a_plain_window() {
         ..small()
     };
     let (mut scm, model, embedder) = talk(&config, 30);
-    let request = Request::chat(Vec::new());
-    let turn = scm
-        .turn(
-            &model,
-            &embedder,
-            &request,
-            Some("Be kind."),
-            "Hello?",
-            &Call::default(),
-            &mut ignore,
-        )
-        .unwrap();
+    let turn = turn(&mut scm, &model, &embedder, Some("Be kind."), "Hello?").unwrap();
     // System, then whole turns up to the last, then the input.
     let texts: Vec<&str> = turn.messages.iter().map(|m| m.content.as_str()).collect();
     assert_eq!((texts[0], texts[texts.len() - 1]), ("Be kind.", "Hello?"));
@@ -266,15 +266,7 @@ fn roll_back_restores_what_was_and_a_restart_finds_it() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("deep/memory.sqlite");
     let (model, embedder) = (reader(), HashedWords::default());
-    let open = || {
-        Scm::new(
-            MemoryStream::open(&file).unwrap(),
-            small(),
-            &model,
-            &embedder,
-        )
-        .unwrap()
-    };
+    let open = || kept(&file, &model, &embedder);
     let mut scm = open();
     for line in TALK
         .iter()
@@ -308,15 +300,12 @@ fn another_embedder_or_tokenizer_makes_its_numbers_anew() {
     let place = tempfile::tempdir().unwrap();
     let file = place.path().join("memory.sqlite");
     let model = reader();
-    let open = |embedder: &HashedWords, config: ScmConfig| {
-        Scm::new(MemoryStream::open(&file).unwrap(), config, &model, embedder).unwrap()
-    };
     let wide = HashedWords { dim: 300 };
-    let mut scm = open(&wide, small());
+    let mut scm = kept(&file, &model, &wide);
     say(&mut scm, &model, &wide, "My badge is blue.");
     drop(scm);
     let narrow = HashedWords { dim: 40 };
-    let mut scm = open(&narrow, small());
+    let mut scm = kept(&file, &model, &narrow);
     assert_eq!(scm.stream().items()[0].embedding.len(), 40);
     say(&mut scm, &model, &narrow, TALK[0]);
     say(&mut scm, &model, &narrow, TALK[1]);
@@ -327,15 +316,7 @@ fn another_embedder_or_tokenizer_makes_its_numbers_anew() {
 fn a_killed_process_loses_no_turn_that_was_answered() {
     const FILE: &str = "LONGSPAN_TEST_SCM_FILE";
     let (model, embedder) = (reader(), HashedWords::default());
-    let open = |file: &Path| {
-        Scm::new(
-            MemoryStream::open(file).unwrap(),
-            small(),
-            &model,
-            &embedder,
-        )
-        .unwrap()
-    };
+    let open = |file: &Path| kept(file, &model, &embedder);
     if let Some(file) = std::env::var_os(FILE) {
         // The process that is killed.
         let mut scm = open(Path::new(&file));
@@ -409,22 +390,10 @@ fn every_prompt_fits_the_window() {
             let long = if text.ends_with("Summary:") { 30 } else { 60 };
             Ok("word ".repeat(random.between(0, long)))
         });
-        let stream = MemoryStream::in_memory().unwrap();
-        let mut scm = Scm::new(stream, config, &model, &embedder).unwrap();
+        let mut scm = fresh(config, &model, &embedder).unwrap();
         for _ in 0..20 {
             let input = "talk of things ".repeat(random.between(1, 30).min((window - 60) / 4));
-            let request = Request::chat(Vec::new());
-            let turn = scm
-                .turn(
-                    &model,
-                    &embedder,
-                    &request,
-                    None,
-                    &input,
-                    &Call::default(),
-                    &mut ignore,
-                )
-                .unwrap();
+            let turn = turn(&mut scm, &model, &embedder, None, &input).unwrap();
             assert!(
                 turn.prompt_tokens + 40 <= window,
                 "{} of {window}",
@@ -451,34 +420,17 @@ fn a_summary_that_fails_is_made_later_and_an_empty_one_is_none() {
     let long = format!("My badge is blue. {}", TALK.join(" ").repeat(6));
     let mut failing = true;
     for reply in ["", "Short."] {
-        let stream = MemoryStream::in_memory().unwrap();
         let model = Scripted::new(move |request| match request.input.plain() {
             text if text.ends_with("Summary:") && failing => Err(ChatError::BadRequest(text)),
             text if text.ends_with("Summary:") => Ok(reply.into()),
             _ => Ok("I see.".into()),
         });
-        let mut scm = Scm::new(
-            stream,
-            ScmConfig {
-                window: 3000,
-                ..ScmConfig::default()
-            },
-            &model,
-            &embedder,
-        )
-        .unwrap();
-        let request = Request::chat(Vec::new());
-        let turn = scm
-            .turn(
-                &model,
-                &embedder,
-                &request,
-                None,
-                &long,
-                &Call::default(),
-                &mut ignore,
-            )
-            .unwrap();
+        let config = ScmConfig {
+            window: 3000,
+            ..ScmConfig::default()
+        };
+        let mut scm = fresh(config, &model, &embedder).unwrap();
+        let turn = turn(&mut scm, &model, &embedder, None, &long).unwrap();
         assert_eq!(turn.summary_failed.is_some(), failing);
         let item = &scm.stream().items()[0];
         assert_eq!(item.summarised, !failing);
@@ -508,12 +460,7 @@ fn a_summary_that_fails_is_made_later_and_an_empty_one_is_none() {
 fn what_cannot_be_right_is_refused() {
     let (model, embedder) = (reader(), HashedWords::default());
     let refused = |config: ScmConfig| {
-        let scm = Scm::new(
-            MemoryStream::in_memory().unwrap(),
-            config,
-            &model,
-            &embedder,
-        );
+        let scm = fresh(config, &model, &embedder);
         scm.err().map(|error| error.to_string()).unwrap_or_default()
     };
     assert!(refused(ScmConfig { k: 0, ..small() }).contains("k is 0"));
@@ -547,26 +494,9 @@ fn what_cannot_be_right_is_refused() {
     let error = MemoryStream::open(&text).err().unwrap().to_string();
     assert!(error.contains("notes.txt"), "{error}");
     // An input that no window takes is an error, and nothing is remembered of it.
-    let mut scm = Scm::new(
-        MemoryStream::in_memory().unwrap(),
-        small(),
-        &model,
-        &embedder,
-    )
-    .unwrap();
-    let request = Request::chat(Vec::new());
+    let mut scm = fresh(small(), &model, &embedder).unwrap();
     let input = "word ".repeat(900);
-    let error = scm
-        .turn(
-            &model,
-            &embedder,
-            &request,
-            None,
-            &input,
-            &Call::default(),
-            &mut ignore,
-        )
-        .unwrap_err();
+    let error = turn(&mut scm, &model, &embedder, None, &input).unwrap_err();
     assert!(
         matches!(error, ScmError::Chat(ChatError::ContextOverflow { .. })),
         "{error}"

@@ -448,8 +448,14 @@ fn writer() -> Scripted {
             .unwrap()
             .parse::<usize>()
             .unwrap();
-        // It stops early, as models do.
-        Ok("wave ".repeat(words.min(120)))
+        // It stops early, as models do, and says something new each time.
+        let seen = text.len() + request.answer_prefix.len();
+        let name: String = seen
+            .to_string()
+            .bytes()
+            .map(|b| char::from(b - b'0' + b'a'))
+            .collect();
+        Ok(format!("{name} ").repeat(words.min(120)))
     })
 }
 

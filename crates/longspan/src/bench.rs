@@ -1,7 +1,8 @@
 //! `longspan bench`: speed as a share of this machine's limits, fidelity, and finding a hidden number.
 
-use crate::cli::{Bench, Common};
+use crate::cli::Bench;
 use crate::models::{self, Opened};
+use crate::options::{Above, Common, RunOptions};
 use crate::reading::kv_dtype;
 use crate::{parity, ui};
 use anyhow::Result;
@@ -17,7 +18,8 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// Runs one bench.
-pub fn run(what: &Bench, common: &Common) -> Result<()> {
+pub fn run(what: &Bench, above: &Above) -> Result<()> {
+    let with = |options: &RunOptions| above.with(options);
     match what {
         Bench::Speed {
             prefill,
@@ -25,29 +27,31 @@ pub fn run(what: &Bench, common: &Common) -> Result<()> {
             tokens,
             repeat,
             levels,
+            options,
         } => match levels {
             true => every_level(),
-            false => speed(prefill, decode, *tokens, *repeat, common),
+            false => speed(prefill, decode, *tokens, *repeat, &with(options)?),
         },
-        Bench::Mixers(args) => crate::bench_mixers::run(args, common),
-        Bench::Train(args) => crate::bench_train::run(args, common),
-        Bench::Decode(args) => crate::bench_decode::run(args, common),
-        Bench::Dialogue(args) => crate::bench_dialogue::run(args, common),
-        Bench::Attention(args) => crate::bench_attention::run(args, common),
-        Bench::Depth(args) => crate::bench_depth::run(args, common),
-        Bench::Questions(args) => crate::bench_questions::run(args, common),
-        Bench::Context(args) => crate::bench_context::run(args, common),
-        Bench::Loss(args) => crate::probe::loss(args, common),
-        Bench::FirstSentence(args) => crate::probe::first_sentence(args, common),
-        Bench::KeyContext(args) => crate::probe::key_context(args, common),
-        Bench::Workflow(args) => crate::bench_workflow::run(args, common),
-        Bench::Rag(args) => crate::bench_rag::run(args, common),
-        Bench::Parity { reference } => parity::run(reference, common),
+        Bench::Mixers(it) => crate::bench_mixers::run(&it.args, &above.with(&it.options)?),
+        Bench::Train(it) => crate::bench_train::run(&it.args, &above.with(&it.options)?),
+        Bench::Decode(it) => crate::bench_decode::run(&it.args, &with(&it.options)?),
+        Bench::Dialogue(it) => crate::bench_dialogue::run(&it.args, &above.with(&it.options)?),
+        Bench::Attention(it) => crate::bench_attention::run(&it.args, &above.with(&it.options)?),
+        Bench::Depth(it) => crate::bench_depth::run(&it.args, &above.with(&it.options)?),
+        Bench::Questions(it) => crate::bench_questions::run(&it.args, &above.with(&it.options)?),
+        Bench::Context(it) => crate::bench_context::run(&it.args, &above.with(&it.options)?),
+        Bench::Loss(it) => crate::probe::loss(&it.args, &with(&it.options)?),
+        Bench::FirstSentence(it) => crate::probe::first_sentence(&it.args, &with(&it.options)?),
+        Bench::KeyContext(it) => crate::probe::key_context(&it.args, &with(&it.options)?),
+        Bench::Workflow(it) => crate::bench_workflow::run(&it.args, &with(&it.options)?),
+        Bench::Rag(it) => crate::bench_rag::run(&it.args, &with(&it.options)?),
+        Bench::Parity { reference, options } => parity::run(reference, &with(options)?),
         Bench::Passkey {
             length,
             prompts,
             depth,
-        } => passkey(*length, *prompts, depth, common),
+            options,
+        } => passkey(*length, *prompts, depth, &with(options)?),
     }
 }
 

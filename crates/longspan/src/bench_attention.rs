@@ -2,7 +2,7 @@
 //! attention, its search and copies included, and the power of length that its time grows with.
 
 use crate::bench_context::parse_length;
-use crate::cli::Common;
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui;
 use anyhow::{Result, bail};

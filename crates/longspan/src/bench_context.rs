@@ -3,8 +3,8 @@
 
 use crate::bench_context_cell::{self as cell, Cell, Plan, Subject};
 use crate::bench_context_page as page;
-use crate::cli::Common;
 use crate::models::{self, Opened};
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui;
 use anyhow::{Context, Result, bail};

@@ -3,7 +3,7 @@
 
 use crate::bench_context_cell::{Cell, Cost};
 use crate::ui;
-use longspan_eval::report::svg::{self, Curve, Point, escape};
+use longspan_eval::report::svg::{self, Curve, Dot, Point, escape};
 use longspan_eval::report::{STYLE, figure, length};
 use serde::Serialize;
 use std::fmt::Write;
@@ -280,17 +280,19 @@ pub fn html(title: &str, cells: &[Cell], slopes: &[Slope]) -> String {
         length(longest)
     );
     for (what, scores, get) in measured.iter().skip(4) {
-        // A series without this point keeps its place, and so its colour.
-        let points: Vec<(String, f64, f64)> = names
-            .iter()
-            .map(|name| {
-                let point = at_longest(name).and_then(|cell| Some((cost(cell)?, get(cell)?)));
-                let (x, y) = point.unwrap_or((f64::NAN, f64::NAN));
-                (name.clone(), x, y)
+        let dots = names.iter().enumerate().filter_map(|(series, name)| {
+            let cell = at_longest(name)?;
+            Some(Dot {
+                series,
+                name: name.clone(),
+                label: String::new(),
+                x: cost(cell)?,
+                y: get(cell)?,
             })
-            .collect();
-        if points.iter().any(|point| point.1.is_finite()) {
-            let figure = svg::scatter(&points, "milliseconds a decoded token", what, *scores);
+        });
+        let dots: Vec<Dot> = dots.collect();
+        if !dots.is_empty() {
+            let figure = svg::scatter(&dots, "milliseconds a decoded token", what, *scores);
             let _ = write!(out, "<div><h3>{}</h3>{figure}</div>", escape(what));
         }
     }

@@ -1,8 +1,8 @@
 //! `longspan bench decode`: a decoding strategy beside plain decoding on the same prompts: is the text the
 //! same, how many passes over the model, how much faster.
 
-use crate::cli::Common;
 use crate::models;
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use anyhow::{Context, Result, bail};
 use longspan_agents::{Finish, Generation, Limits, Message, Role};

@@ -3,8 +3,8 @@
 
 use crate::bench_context::parse_length;
 use crate::bench_context_cell::{divergence, log_softmax};
-use crate::cli::Common;
 use crate::models::{self, Opened};
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui;
 use anyhow::{Result, bail};

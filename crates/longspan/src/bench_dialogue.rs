@@ -1,8 +1,8 @@
 //! `longspan bench dialogue`: SirLLM's three tasks (arXiv 2405.12528), policies beside each other at caches of one
 //! size. Finished sessions are kept; the same command goes on with the others.
 
-use crate::cli::Common;
 use crate::models;
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui;
 use anyhow::{Context, Result, bail};

@@ -1,7 +1,7 @@
 //! `longspan bench mixers`: time and memory of one layer of each sequence mixer against the length of the sequence, forward
 //! alone and with the backward pass, and the power of the length that each grows with.
 
-use crate::cli::Common;
+use crate::options::Common;
 use crate::ui;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};

@@ -2,8 +2,8 @@
 //! every question: time, and how many answers begin with the same line.
 
 use crate::bench_context::parse_length;
-use crate::cli::Common;
 use crate::models::{self, Opened};
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui;
 use anyhow::{Context, Result, bail};

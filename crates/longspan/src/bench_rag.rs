@@ -1,7 +1,7 @@
 //! `longspan bench rag`: how many passages, in which order, and beside which wrong ones a reader can use (paper 17).
 
 use crate::chat_model::{self, ChatModelArgs, call, explain};
-use crate::cli::Common;
+use crate::options::Common;
 use crate::ui::{self, Interrupted};
 use anyhow::{Context, Result, bail};
 use longspan_agents::chat::model::ChatError;

@@ -1,7 +1,7 @@
 //! `longspan bench train`: training throughput of a transformer and a Mamba-2 of about 10 million parameters, and of the two
 //! operations behind long mixers. `scripts/peers/train_torch.py` runs it beside PyTorch.
 
-use crate::cli::Common;
+use crate::options::Common;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use clap::Args;

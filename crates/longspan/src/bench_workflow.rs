@@ -3,23 +3,23 @@
 
 use crate::bench_context::parse_length;
 use crate::chat_model::{self, ChatModelArgs};
-use crate::cli::Common;
+use crate::options::Common;
+use crate::run_folder::{Done, Head, RunFolderArgs};
 use crate::ui;
 use anyhow::{Context, Result, bail};
 use longspan_agents::workflow::chain::ChainConfig;
 use longspan_eval::EvalError;
 use longspan_eval::bench::ruler::Sources;
-use longspan_eval::cell::{Cell, RunConfig, RunFolder};
+use longspan_eval::cell::{Cell, RunFolder};
 use longspan_eval::registry::Registry;
-use longspan_eval::report::{self, Report};
-use longspan_eval::run::{self, Job, Observer, RunOptions};
+use longspan_eval::report::Report;
+use longspan_eval::run::{Job, RunOptions};
 use longspan_eval::target::workflow::{ChatCounter, stretched};
 use longspan_eval::target::{Details, Method, Target, Workflow};
 use longspan_eval::task::{SampleCx, Unit};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Workflows beside each other
 #[derive(clap::Args)]
@@ -64,36 +64,10 @@ pub struct WorkflowBench {
     /// Official data of the benchmark in place of the rows that ship with the program
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
-    /// Decides all random choices
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
-    /// Folder of the run; the same command with the same folder goes on where it stopped
-    #[arg(long, value_name = "FOLDER")]
-    out: Option<PathBuf>,
-    /// Stop after this time; the run can go on later
-    #[arg(long, value_name = "MINUTES")]
-    max_minutes: Option<f64>,
+    #[command(flatten)]
+    run: RunFolderArgs,
     #[command(flatten)]
     chat_model: ChatModelArgs,
-}
-
-struct Bar(indicatif::ProgressBar);
-
-impl Observer for Bar {
-    fn start(&self, done: u64, total: u64) {
-        self.0.set_length(total);
-        self.0.set_position(done);
-        self.0.reset_eta();
-    }
-
-    fn progress(&self, done: u64, _total: u64, cell: &Cell) {
-        self.0.set_position(done);
-        self.0.set_message(format!("{} {}", cell.task, cell.policy));
-    }
-
-    fn cancelled(&self) -> bool {
-        ui::interrupted()
-    }
 }
 
 fn failed(error: EvalError) -> anyhow::Error {
@@ -130,14 +104,8 @@ pub fn run(args: &WorkflowBench, common: &Common) -> Result<()> {
     let model = chat_model::open(&args.chat_model, common)?;
     let counter = ChatCounter(Arc::clone(&model));
     let own = model.card().window.unwrap_or(usize::MAX);
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs());
-    let path = args
-        .out
-        .clone()
-        .unwrap_or_else(|| PathBuf::from("runs").join(format!("{}-workflows", report::stamp(now))));
-    let details = Arc::new(Details::new(&path.join("details.jsonl")));
+    let place = args.run.place("workflows");
+    let details = Arc::new(Details::new(&place.path.join("details.jsonl")));
     let mut jobs = Vec::new();
     for task in &tasks {
         let meta = task.meta();
@@ -150,7 +118,7 @@ pub fn run(args: &WorkflowBench, common: &Common) -> Result<()> {
                 longest: asked,
                 samples: args.samples,
                 depths: &args.depths,
-                seed: args.seed,
+                seed: args.run.seed,
                 counter: &counter,
                 data: match made {
                     true => args.text.as_deref(),
@@ -162,7 +130,7 @@ pub fn run(args: &WorkflowBench, common: &Common) -> Result<()> {
                 true => samples,
                 false => samples
                     .iter()
-                    .map(|sample| stretched(sample, &prose, length, &counter, args.seed))
+                    .map(|sample| stretched(sample, &prose, length, &counter, args.run.seed))
                     .collect::<Result<_, _>>()?,
             };
             for method in &args.methods {
@@ -190,7 +158,7 @@ pub fn run(args: &WorkflowBench, common: &Common) -> Result<()> {
                         length,
                         model: target.model(),
                         policy: target.policy(),
-                        seed: args.seed,
+                        seed: args.run.seed,
                     },
                     samples: samples.clone(),
                     target,
@@ -198,43 +166,32 @@ pub fn run(args: &WorkflowBench, common: &Common) -> Result<()> {
             }
         }
     }
-    let config = RunConfig {
-        harness: env!("CARGO_PKG_VERSION").into(),
-        compat: "official".into(),
-        cells: jobs
-            .iter()
-            .map(|job| (job.cell.clone(), job.samples.len()))
-            .collect(),
+    let prose = match &args.text {
+        Some(path) => path.display().to_string(),
+        None => "shipped".into(),
+    };
+    let head = Head {
         tokenizer: format!("tokens of {}", model.card().name),
         targets: vec![model.card().fingerprint.clone()],
         options: vec![
-            ("seed".into(), args.seed.to_string()),
+            ("seed".into(), args.run.seed.to_string()),
             ("most tokens of notes".into(), args.notes.to_string()),
-            (
-                "prose".into(),
-                args.text
-                    .as_ref()
-                    .map_or("shipped".into(), |path| path.display().to_string()),
-            ),
+            ("prose".into(), prose),
         ],
-        created: now,
     };
-    let folder = RunFolder::create(&path, &config)?;
-    let bar = ui::bar(0, "tokens", common.json);
-    let outcome = run::run(
-        &folder,
+    let shown = ("tokens", common.json);
+    let done = place.run(
         &jobs,
-        &RunOptions {
-            limit: args
-                .max_minutes
-                .map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)),
-            ..RunOptions::default()
-        },
-        &Bar(bar.clone()),
-    );
-    bar.finish_and_clear();
-    let report = Report::build(std::slice::from_ref(&folder), &registry, true)?;
-    report.write(folder.path())?;
+        head,
+        (&registry, &tasks),
+        RunOptions::default(),
+        shown,
+    )?;
+    let Done {
+        folder,
+        report,
+        outcome,
+    } = done;
     let rows = rows(&report, &folder, &details)?;
     if common.json {
         let all = json!({ "run": folder.path(), "report": folder.path().join("report.html"), "cells": rows });
@@ -243,15 +200,7 @@ pub fn run(args: &WorkflowBench, common: &Common) -> Result<()> {
         let page = folder.path().join("report.html");
         ui::write_out(&format!("{}{}\n", table(&rows), page.display()))?;
     }
-    let outcome = outcome.map_err(failed)?;
-    if outcome.out_of_time {
-        eprintln!(
-            "{} of {} answers are stored; the same command with --out {} goes on",
-            outcome.done,
-            outcome.total,
-            path.display()
-        );
-    }
+    place.say_left(outcome.map_err(failed)?);
     Ok(())
 }
 

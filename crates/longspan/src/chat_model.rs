@@ -1,7 +1,7 @@
 //! The chat model that a command's options name: the local engine or an endpoint, inside the layers asked for.
 
-use crate::cli::Common;
 use crate::models;
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui::{self, Interrupted};
 use anyhow::{Result, bail};

@@ -1,15 +1,18 @@
 //! Every command and option, with its help.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use longspan_nn::position::RopeOverride;
+use crate::options::{
+    EmbedOptions, KeysOptions, LoadOptions, ModelOption, RunOptions, ThreadsOption, With,
+};
+use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
 /// Models that read, remember and write sequences far longer than they were trained for.
 #[derive(Parser)]
 #[command(name = "longspan", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
-    #[command(flatten)]
-    pub common: Common,
+    /// Print one JSON object (or one a line) instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -38,7 +41,7 @@ pub enum Command {
     Models,
     /// Describe a model: architecture, window, bytes
     #[command(after_help = "Example: longspan info --model path/to/model.gguf")]
-    Info,
+    Info(ModelOption),
     /// Ask a question about documents of any length
     #[command(after_help = "Examples:
   longspan ask book.txt \"Who is the narrator?\"
@@ -59,22 +62,22 @@ Settings file (~/.config/longspan/config.toml):
   context = \"infllm:n_local=2048\"
   kv = \"bf16\"
   max_tokens = 300")]
-    Ask(Ask),
+    Ask(With<RunOptions, Ask>),
     /// Read documents once and save the session for many questions
     #[command(after_help = "Example: longspan prepare book.txt --session book.session")]
-    Prepare(Prepare),
+    Prepare(With<RunOptions, Prepare>),
     /// Continue a text
     #[command(after_help = "Examples:
   longspan generate \"Once upon a time\" --temperature 0.8 --seed 7
   longspan generate \"A title for a story about rain:\" --decode dbs:groups=4,n=4 --max-tokens 12
   longspan generate \"The capital of France is\" --decode tree:budget=32 --pairs pairs.jsonl")]
-    Generate(Generate),
+    Generate(With<RunOptions, Generate>),
     /// Talk with a model, line by line
     #[command(after_help = "Examples:
   longspan chat --model qwen2.5-coder-0.5b --context sinks
   longspan chat --model qwen2.5-coder-0.5b --memory scm --memory-file friend.sqlite
   longspan chat --endpoint http://localhost:8080/v1 --memory scm")]
-    Chat(Chat),
+    Chat(With<RunOptions, Chat>),
     /// Look into the memory of a talk (`chat --memory scm`)
     Memory {
         #[command(subcommand)]
@@ -88,14 +91,14 @@ Settings file (~/.config/longspan/config.toml):
 
 Reads txt, md, html, pdf, epub and source trees, without what git ignores. The index is kept in the user's
 cache folder; later searches read only what is new or changed. A build that is stopped goes on.")]
-    Search(crate::search::Search),
+    Search(With<EmbedOptions, crate::search::Search>),
     /// Write a long text: a plan first, then paragraph by paragraph
     #[command(after_help = "Examples:
   longspan write \"A history of the lighthouse, for children\" --words 5000 --out lighthouse.txt
   longspan write \"A manual for beekeepers\" --words 8000 --endpoint http://localhost:8000/v1
 
 With --out, a run that was stopped goes on when the same command is run again.")]
-    Write(crate::write::Write),
+    Write(With<RunOptions, crate::write::Write>),
     /// Summarise documents or a meeting of any length
     #[command(after_help = "Examples:
   longspan summarize book.txt
@@ -103,7 +106,7 @@ With --out, a run that was stopped goes on when the same command is run again.")
   longspan summarize book.epub --cache replies.sqlite
 
 With --cache, a run that was stopped goes on when the same command is run again.")]
-    Summarize(crate::summarize::Summarize),
+    Summarize(With<RunOptions, crate::summarize::Summarize>),
     /// Serve a model over HTTP: OpenAI-compatible, with documents read once, and a page to try it
     #[command(after_help = "Examples:
   longspan serve --model qwen2.5-coder-0.5b
@@ -112,7 +115,7 @@ With --cache, a run that was stopped goes on when the same command is run again.
     -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
 
 The page is at /, the description for programs at /openapi.json, counters at /metrics. See docs/serve.md.")]
-    Serve(crate::serve::Serve),
+    Serve(With<RunOptions, crate::serve::Serve>),
     /// Look into the calls of a workflow
     Trace {
         #[command(subcommand)]
@@ -133,7 +136,7 @@ The page is at /, the description for programs at /openapi.json, counters at /me
 
 Every answer is stored in the run's folder; a run that was stopped goes on with the same --out.
 Exit codes: 0 done, 1 failed, 2 bad input, 3 the endpoint does not answer, 130 interrupted.")]
-    Eval(crate::eval::Eval),
+    Eval(With<RunOptions, crate::eval::Eval>),
     /// Score stored answers, without a model
     #[command(after_help = "Examples:
   longspan score runs/vt
@@ -160,7 +163,7 @@ Replies are kept beside the answers; the same command goes on where it stopped."
   longspan data ruler --lengths 4k,8k --samples 500 --model qwen2.5-coder-0.5b --out ruler
   longspan data threading/single lines --out data
   longspan data m4le --pool texts.jsonl --kind explicit-single --lengths 1000,2000 --out m4le")]
-    Data(crate::data::Data),
+    Data(With<ModelOption, crate::data::Data>),
     /// Compare two runs, or the policies of one, on the same samples
     #[command(after_help = "Example: longspan compare runs/a runs/b --max-drop 0.02")]
     Compare(crate::scores::Compare),
@@ -171,7 +174,7 @@ Replies are kept beside the answers; the same command goes on where it stopped."
 
 Checkpoints, events and the resolved configuration stand in the run's folder. Whatever stopped a run, the same command
 goes on from its newest checkpoint, bit for bit as if it had not stopped.")]
-    Train(crate::train::Train),
+    Train(With<ThreadsOption, crate::train::Train>),
     /// List, show and draw training runs
     Runs {
         #[command(subcommand)]
@@ -181,7 +184,7 @@ goes on from its newest checkpoint, bit for bit as if it had not stopped.")]
     #[command(after_help = "Examples:
   longspan reproduce s4
   longspan reproduce nope --seeds 1 --out reproduced")]
-    Reproduce(crate::train::Reproduce),
+    Reproduce(With<ThreadsOption, crate::train::Reproduce>),
     /// List the papers that Longspan implements
     Papers {
         /// Print the page of this paper
@@ -193,57 +196,6 @@ goes on from its newest checkpoint, bit for bit as if it had not stopped.")]
         /// Which shell
         shell: clap_complete::Shell,
     },
-}
-
-/// Options of all commands.
-#[derive(Args, Clone, Default)]
-pub struct Common {
-    /// Alias, GGUF file, Hugging Face folder, or hub id (org/name)
-    #[arg(long, short, global = true, value_name = "MODEL")]
-    pub model: Option<String>,
-    /// What a long text's later tokens see: auto, full, window:N, sinks:N_INIT,N_LOCAL,
-    /// lm-infinite:LOCAL,GLOBAL,TOP_K, infllm:n_local=..,block=..,topk=.., sirllm:top=..,decay=..,
-    /// h2o:HEAVY,RECENT, span:full=bottom-N,local=window-SIZE, squeezed:PERCENTILE,LOWER,
-    /// hip:k=..,beams=..,refresh=.., cmr:WINDOW,CAPACITY
-    #[arg(long, global = true, value_name = "POLICY")]
-    pub context: Option<String>,
-    /// Another rotary rule than the model's own, to read past its window: linear:FACTOR, power:EXPONENT,
-    /// truncated:TOKENS, ntk:FACTOR, dynamic:FACTOR[,keys=kept], yarn:FACTOR[:ORIGINAL], longrope:FILE,
-    /// llama3:FACTOR[:ORIGINAL], abf:BASE, xpos[:SCALE_BASE], clex:FOLDER, clex-init[:MAX_FACTOR];
-    /// linear, power and truncated combine with `+`, and abf and xpos with anything
-    #[arg(long, global = true, value_name = "RULE")]
-    pub rope: Option<RopeOverride>,
-    /// Type of cached keys and values: f16, bf16, int8, f32; default f16, bf16 on CPUs with AMX
-    #[arg(long, global = true)]
-    pub kv: Option<String>,
-    /// fast: packed weights and fused kernels; f32: the exact reference path
-    #[arg(long, global = true)]
-    pub precision: Option<Precision>,
-    /// cpu, or cuda in a build with that feature
-    #[arg(long, global = true)]
-    pub device: Option<DeviceKind>,
-    /// CPU threads; default all cores this process may use
-    #[arg(long, global = true)]
-    pub threads: Option<usize>,
-    /// Print one JSON object (or one a line) instead of text
-    #[arg(long, global = true)]
-    pub json: bool,
-    #[arg(skip)]
-    pub max_tokens: Option<usize>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    Fast,
-    F32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceKind {
-    Cpu,
-    Cuda,
 }
 
 /// How the answer is decoded.
@@ -392,6 +344,8 @@ pub enum Bench {
         /// At each level of instructions that this CPU has, one after the other
         #[arg(long)]
         levels: bool,
+        #[command(flatten)]
+        options: RunOptions,
     },
     /// Context policies and rotary rules beside each other: speed, memory, loss, retrieval
     #[command(after_help = "Examples:
@@ -401,32 +355,32 @@ pub enum Bench {
 
 A table, the powers of length that costs grow with, and in --out: context.html, context.json and cells.jsonl.
 A run that was stopped goes on with the same command.")]
-    Context(crate::bench_context::ContextBench),
+    Context(With<LoadOptions, crate::bench_context::ContextBench>),
     /// One layer's attention alone, on made-up keys at any depth: methods beside full attention
     #[command(
         after_help = "Example: longspan bench attention --lengths 8k,32k,128k --method hip --method squeezed:0.9"
     )]
-    Attention(crate::bench_attention::AttentionBench),
+    Attention(With<KeysOptions, crate::bench_attention::AttentionBench>),
     /// One call and some decoded tokens at a depth, methods beside full attention; the text before is read once
     #[command(
         after_help = "Example: longspan bench depth --text book.txt --depths 2k,8k,32k,128k --method hip"
     )]
-    Depth(crate::bench_depth::DepthBench),
+    Depth(With<LoadOptions, crate::bench_depth::DepthBench>),
     /// Many questions of one prepared document beside a reading for each: time, and the same first lines
     #[command(
         after_help = "Example: longspan bench questions --text book.txt --length 8k --method squeezed:0.875 --json"
     )]
-    Questions(crate::bench_questions::QuestionsBench),
+    Questions(With<LoadOptions, crate::bench_questions::QuestionsBench>),
     /// Long talks with known answers on a cache of fixed size: what is still remembered (SirLLM's three tasks)
     #[command(
         after_help = "Example: longspan bench dialogue --tasks grocery --turns 200 --cache 256 --json"
     )]
-    Dialogue(crate::bench_dialogue::DialogueBench),
+    Dialogue(With<LoadOptions, crate::bench_dialogue::DialogueBench>),
     /// A decoding strategy beside plain decoding: same text, passes over the model, speed
     #[command(
         after_help = "Example: longspan bench decode prompts.jsonl --decode lookahead:decoding_length=16"
     )]
-    Decode(crate::bench_decode::DecodeBench),
+    Decode(With<RunOptions, crate::bench_decode::DecodeBench>),
     /// Chain of agents, retrieval, one truncated call, ... on the same documents of any length
     #[command(after_help = "Examples:
   longspan bench workflow needle longbench/hotpotqa m4le/newsqa --lengths 8k,16k --text book.txt --out runs/workflows
@@ -435,7 +389,7 @@ A run that was stopped goes on with the same command.")]
 
 Needle tasks make texts of the length; LongBench and M4LE rows are surrounded by other prose until they are as long.
 --out holds every answer; the same command goes on where it stopped.")]
-    Workflow(crate::bench_workflow::WorkflowBench),
+    Workflow(With<RunOptions, crate::bench_workflow::WorkflowBench>),
     /// How many passages, in which order, beside which wrong ones (Long-Context LLMs Meet RAG)
     #[command(after_help = "Examples:
   longspan bench rag --ks 1,5,10,20,40 --orders rank,ends --questions 20 --out runs/rag
@@ -443,34 +397,36 @@ Needle tasks make texts of the length; LongBench and M4LE rows are surrounded by
 
 Facts of invented places, each among passages that share its place or its kind; questions in other words.
 --out holds every answer; the same command goes on where it stopped.")]
-    Rag(crate::bench_rag::RagBench),
+    Rag(With<RunOptions, crate::bench_rag::RagBench>),
     /// Time and memory of each sequence mixer against the length, and the powers of length they grow with
     #[command(
         after_help = "Example: longspan bench mixers s4 mamba2:state_size=64 rnn:cell=lstm --lengths 1024,4096,16384"
     )]
-    Mixers(crate::bench_mixers::MixersBench),
+    Mixers(With<ThreadsOption, crate::bench_mixers::MixersBench>),
     /// Training throughput of a transformer and a Mamba-2 of 10 M parameters (see scripts/peers/train_torch.py)
-    Train(crate::bench_train::TrainBench),
+    Train(With<ThreadsOption, crate::bench_train::TrainBench>),
     /// Agreement with reference logits (see scripts/parity/reference.py)
     Parity {
         /// Safetensors with input_ids and logits, or input_ids and nll
         reference: PathBuf,
+        #[command(flatten)]
+        options: RunOptions,
     },
     /// Loss of next tokens by position in a text
     #[command(
         after_help = "Example: longspan bench loss book.txt --tokens 12288 --bucket 1024 --rope yarn:2"
     )]
-    Loss(crate::probe::Loss),
+    Loss(With<RunOptions, crate::probe::Loss>),
     /// How well a model repeats the first sentence of texts of some lengths (Llama 2 Long's probe)
     #[command(
         after_help = "Example: longspan bench first-sentence book.txt --lengths 1024,8192 --rope ntk:2"
     )]
-    FirstSentence(crate::probe::FirstSentence),
+    FirstSentence(With<RunOptions, crate::probe::FirstSentence>),
     /// Finding a hidden number from the segments after which the model is surest (XL3M)
     #[command(
         after_help = "Example: longspan bench key-context --length 3000 --segment 150 --keep 2 --window 512"
     )]
-    KeyContext(crate::probe::KeyContext),
+    KeyContext(With<RunOptions, crate::probe::KeyContext>),
     /// Accuracy of finding a number hidden in filler text, by policy
     #[command(
         after_help = "Example: longspan bench passkey --length 16384 --context infllm --prompts 10"
@@ -485,5 +441,7 @@ Facts of invented places, each among passages that share its place or its kind; 
         /// The key lies at this share of the text, from..to
         #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.6])]
         depth: Vec<f64>,
+        #[command(flatten)]
+        options: RunOptions,
     },
 }

@@ -1,8 +1,8 @@
 //! `longspan data`: the samples of generated benchmarks as JSON lines, and M4LE's long rows from short labelled texts.
 
-use crate::cli::Common;
 use crate::eval::{coded, evenly, exit, parse_length};
 use crate::models;
+use crate::options::Common;
 use anyhow::Result;
 use clap::Args;
 use longspan_data::tokenize::Tokenizer;

@@ -1,28 +1,29 @@
 //! `longspan eval`: benchmarks on a model, several policies, an endpoint or a searcher.
 
-use crate::cli::Common;
+use crate::options::Common;
 use crate::reading::{free_memory, kv_dtype};
+use crate::run_folder::{Head, RunFolderArgs};
 use crate::{models, ui};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use longspan_agents::rag::{Embedder, HashedWords};
+use longspan_eval::EvalError;
 use longspan_eval::bench::file_task::FileTask;
 use longspan_eval::cache::Cache;
-use longspan_eval::cell::{Cell, RunConfig, RunFolder};
+use longspan_eval::cell::{Cell, RunFolder};
 use longspan_eval::registry::Registry;
-use longspan_eval::report::{self, Report};
-use longspan_eval::run::{Job, Observer, RunOptions};
+use longspan_eval::report::Report;
+use longspan_eval::run::{Job, RunOptions};
 use longspan_eval::score::CellScore;
 use longspan_eval::target::*;
 use longspan_eval::task::{SampleCx, Task, Unit};
-use longspan_eval::{EvalError, run};
 use longspan_infer::EngineOptions;
 use longspan_infer::context::auto;
 use longspan_infer::decode::DecodeConfig;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// An error with the exit code it asks for: 1 a gate failed, 2 bad input, 3 the target does not
 /// answer, 130 interrupted.
@@ -134,27 +135,20 @@ pub struct Eval {
     /// A few small samples that ship with the program
     #[arg(long)]
     sample: bool,
-    /// Decides all random choices
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
     /// Whether prompts stand in the model's chat template
     #[arg(long, default_value = "auto")]
     chat: Chat,
     /// Decoding strategy, as `longspan ask --decode` takes it
     #[arg(long, default_value = "plain", value_name = "STRATEGY")]
     decode: String,
-    /// Folder of the run; the same command with the same folder goes on where it stopped
-    #[arg(long, value_name = "FOLDER")]
-    out: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunFolderArgs,
     /// Ask anew what was answered in earlier runs (for timings)
     #[arg(long)]
     no_cache: bool,
     /// Read documents that samples share anew for each
     #[arg(long)]
     no_reuse: bool,
-    /// Stop after this time; the run can go on later
-    #[arg(long, value_name = "MINUTES")]
-    max_minutes: Option<f64>,
 }
 
 pub(crate) fn parse_length(text: &str) -> Result<usize, String> {
@@ -173,27 +167,6 @@ fn parse_rate(text: &str) -> Result<f64, String> {
     let rate: Option<f64> = text.parse().ok();
     rate.filter(|rate| rate.is_finite() && *rate > 0.0)
         .ok_or_else(|| format!("{text:?} is no rate; expected requests a minute, above 0"))
-}
-
-/// Shows progress, notices Ctrl-C.
-struct Bar(indicatif::ProgressBar);
-
-impl Observer for Bar {
-    fn start(&self, done: u64, total: u64) {
-        self.0.set_length(total);
-        self.0.set_position(done);
-        // What earlier runs did says nothing about this one's speed.
-        self.0.reset_eta();
-    }
-
-    fn progress(&self, done: u64, _total: u64, cell: &Cell) {
-        self.0.set_position(done);
-        self.0.set_message(cell.task.clone());
-    }
-
-    fn cancelled(&self) -> bool {
-        ui::interrupted()
-    }
 }
 
 /// `longspan eval`
@@ -252,7 +225,7 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
                     longest: lengths.iter().copied().max().unwrap_or(length),
                     samples,
                     depths: &depths,
-                    seed: args.seed,
+                    seed: args.run.seed,
                     counter,
                     data: args.data.as_deref(),
                     fixtures: args.sample,
@@ -266,7 +239,7 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
                         length,
                         model: target.model(),
                         policy: target.policy(),
-                        seed: args.seed,
+                        seed: args.run.seed,
                     },
                     samples: made.clone(),
                     target: Arc::clone(target),
@@ -274,11 +247,8 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
             }
         }
     }
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
     let mut options = vec![
-        ("seed".to_string(), args.seed.to_string()),
+        ("seed".to_string(), args.run.seed.to_string()),
         ("decoding".to_string(), args.decode.clone()),
     ];
     let elsewhere = args.endpoint.is_some() || args.recorded.is_some() || args.search.is_some();
@@ -299,64 +269,36 @@ pub fn eval(args: &Eval, common: &Common) -> Result<()> {
     if let Some(path) = &args.data {
         options.push(("data".into(), path.display().to_string()));
     }
-    let config = RunConfig {
-        harness: env!("CARGO_PKG_VERSION").into(),
-        compat: "official".into(),
-        cells: jobs
-            .iter()
-            .map(|job| (job.cell.clone(), job.samples.len()))
-            .collect(),
+    let names: Vec<&str> = args
+        .benches
+        .iter()
+        .map(|name| name.trim_end_matches(".toml"))
+        .collect();
+    let place = args.run.place(&names.join("-"));
+    let head = Head {
         tokenizer: counter.name(),
         targets: targets
             .iter()
             .map(|t| t.identity().unwrap_or_else(|| t.model()))
             .collect(),
         options,
-        created: now,
     };
-    let path = args.out.clone().unwrap_or_else(|| {
-        let names: Vec<&str> = args
-            .benches
-            .iter()
-            .map(|name| name.trim_end_matches(".toml"))
-            .collect();
-        let name = names.join("-").replace('/', "_");
-        Path::new("runs").join(format!("{}-{name}", report::stamp(now)))
-    });
-    let folder = RunFolder::create(&path, &config).map_err(coded)?;
-    registry.keep(&folder, &tasks).map_err(coded)?;
     let cache = match args.no_cache {
         true => None,
         false => Some(Cache::new(&cache_folder()?).map_err(coded)?),
     };
     let unit = if units.len() == 1 { units[0] } else { "units" };
-    let bar = ui::bar(0, unit, common.json);
-    let outcome = run::run(
-        &folder,
-        &jobs,
-        &RunOptions {
-            concurrency: args.concurrency,
-            cache: cache.as_ref(),
-            limit: args
-                .max_minutes
-                .map(|m| Duration::from_secs_f64(m.max(0.0) * 60.0)),
-            ..RunOptions::default()
-        },
-        &Bar(bar.clone()),
-    );
-    bar.finish_and_clear();
-    let report = Report::build(std::slice::from_ref(&folder), &registry, true).map_err(coded)?;
-    report.write(folder.path()).map_err(coded)?;
-    print(&report, folder.path(), common);
-    let outcome = outcome.map_err(coded)?;
-    if outcome.out_of_time {
-        eprintln!(
-            "longspan: {} of {} samples are done; the same command with --out {} goes on",
-            outcome.done,
-            outcome.total,
-            path.display()
-        );
-    }
+    let options = RunOptions {
+        concurrency: args.concurrency,
+        cache: cache.as_ref(),
+        ..RunOptions::default()
+    };
+    let shown = (unit, common.json);
+    let done = place
+        .run(&jobs, head, (&registry, &tasks), options, shown)
+        .map_err(coded)?;
+    print(&done.report, done.folder.path(), common);
+    place.say_left(done.outcome.map_err(coded)?);
     Ok(())
 }
 

@@ -1,8 +1,8 @@
 //! `longspan judge`: stored answers before a judge model (local, an endpoint, a script), with every reply kept.
 
 use crate::chat_model::{self, ChatModelArgs};
-use crate::cli::Common;
 use crate::eval::{coded, exit};
+use crate::options::{Above, Common, RunOptions, With};
 use crate::ui;
 use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
@@ -25,11 +25,11 @@ use std::time::Duration;
 #[derive(Subcommand)]
 pub enum Judge {
     /// LongSafety: a risk analyst, a summariser and a judge; safety rates of either place of the instruction
-    Safety(Safety),
+    Safety(With<RunOptions, Safety>),
     /// L-Eval: two runs' answers to the same questions, shown in both orders; the first run's win rate
-    Pairs(Pairs),
+    Pairs(With<RunOptions, Pairs>),
     /// LongBench-Write, LongWrite-Ruler: quality of long answers in six respects (S_q), beside S_l
-    Quality(Quality),
+    Quality(With<RunOptions, Quality>),
 }
 
 /// Who judges.
@@ -164,11 +164,11 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// `longspan judge`
-pub fn run(what: &Judge, common: &Common) -> Result<()> {
+pub fn run(what: &Judge, above: &Above) -> Result<()> {
     match what {
-        Judge::Safety(args) => safety(args, common),
-        Judge::Pairs(args) => pairs(args, common),
-        Judge::Quality(args) => rate(args, common),
+        Judge::Safety(it) => safety(&it.args, &above.with(&it.options)?),
+        Judge::Pairs(it) => pairs(&it.args, &above.with(&it.options)?),
+        Judge::Quality(it) => rate(&it.args, &above.with(&it.options)?),
     }
 }
 

@@ -21,10 +21,12 @@ mod eval;
 mod judge;
 mod memory_chat;
 mod models;
+mod options;
 mod papers;
 mod parity;
 mod probe;
 mod reading;
+mod run_folder;
 mod scores;
 mod search;
 mod serve;
@@ -70,35 +72,36 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if let Err(message) = longspan_kernels::cpu::Level::forced() {
         anyhow::bail!(message);
     }
-    let common = settings::Settings::load()?.apply(cli.common)?;
-    if let Some(threads) = common.threads {
-        longspan_kernels::pool::Pool::request_threads(threads);
-    }
+    let above = options::Above::load(cli.json)?;
+    let with = |options: &options::RunOptions| above.with(options);
     match cli.command {
-        Command::Pull { models } => models::pull(&models, &common),
-        Command::Models => models::list(&common),
-        Command::Info => models::info(&common),
-        Command::Ask(args) => reading::ask(&args, &common),
-        Command::Prepare(args) => reading::prepare(&args, &common),
-        Command::Generate(args) => reading::generate(&args, &common),
-        Command::Chat(args) => reading::chat(&args, &common),
-        Command::Memory { what } => memory_chat::kept(&what, &common),
-        Command::Search(args) => search::search(&args, &common),
-        Command::Write(args) => write::write(&args, &common),
-        Command::Summarize(args) => summarize::summarize(&args, &common),
-        Command::Serve(args) => serve::serve(&args, &common),
-        Command::Trace { what } => trace::run(&what, &common),
-        Command::Bench { what } => bench::run(&what, &common),
-        Command::Eval(args) => eval::eval(&args, &common),
-        Command::Score(args) => scores::score(&args, &common),
-        Command::Report(args) => scores::report(&args, &common),
-        Command::Compare(args) => scores::compare(&args, &common),
-        Command::Judge { what } => judge::run(&what, &common),
-        Command::Data(args) => data::data(&args, &common),
-        Command::Train(args) => train::train(&args, &common),
-        Command::Runs { what } => train::runs(&what, &common),
-        Command::Reproduce(args) => train::reproduce(&args, &common),
-        Command::Papers { number } => papers::print(number, common.json),
+        Command::Pull { models } => models::pull(&models, &above.plain()),
+        Command::Models => models::list(&above.plain()),
+        Command::Info(model) => models::info(&above.with(&model)?),
+        Command::Ask(it) => reading::ask(&it.args, &with(&it.options)?),
+        Command::Prepare(it) => reading::prepare(&it.args, &with(&it.options)?),
+        Command::Generate(it) => reading::generate(&it.args, &with(&it.options)?),
+        Command::Chat(it) => reading::chat(&it.args, &with(&it.options)?),
+        Command::Memory { what } => memory_chat::kept(&what, &above.plain()),
+        Command::Search(it) => search::search(&it.args, &above.with(&it.options)?),
+        Command::Write(it) => write::write(&it.args, &with(&it.options)?),
+        Command::Summarize(it) => summarize::summarize(&it.args, &with(&it.options)?),
+        Command::Serve(it) => serve::serve(&it.args, &with(&it.options)?),
+        Command::Trace { what } => trace::run(&what, &above.plain()),
+        Command::Bench { what } => bench::run(&what, &above),
+        Command::Eval(it) => eval::eval(&it.args, &with(&it.options)?),
+        Command::Score(args) => scores::score(&args, &above.plain()),
+        Command::Report(args) => scores::report(&args, &above.plain()),
+        Command::Compare(args) => scores::compare(&args, &above.plain()),
+        Command::Judge { what } => judge::run(&what, &above),
+        Command::Data(it) => data::data(&it.args, &above.with(&it.options)?),
+        Command::Train(it) => train::train(&it.args, &above.with(&it.options)?),
+        Command::Runs { what } => train::runs(&what, &above.plain()),
+        Command::Reproduce(it) => train::reproduce(&it.args, &above.with(&it.options)?),
+        Command::Papers { number } => papers::print(number, cli.json),
+        Command::Completions { .. } if cli.json => {
+            anyhow::bail!("completions: --json is not for scripts of a shell")
+        }
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

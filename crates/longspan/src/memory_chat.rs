@@ -1,6 +1,7 @@
 //! `longspan chat --memory scm`: a talk that is remembered, in a file, over restarts; `longspan memory`: what is in it.
 
-use crate::cli::{Chat, Common};
+use crate::cli::Chat;
+use crate::options::Common;
 use crate::ui;
 use anyhow::{Context, Result};
 use longspan_agents::chat::model::{Call, Request};

@@ -1,6 +1,6 @@
 //! Finding, downloading, opening and describing models.
 
-use crate::cli::{Common, DeviceKind, Precision};
+use crate::options::{Common, DeviceKind, Precision};
 use crate::ui;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};

@@ -1,7 +1,7 @@
 //! `longspan bench parity`: how closely this engine's logits follow a reference's.
 
-use crate::cli::Common;
 use crate::models;
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use anyhow::{Context, Result, bail};
 use longspan_infer::EngineOptions;

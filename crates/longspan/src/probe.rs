@@ -1,8 +1,8 @@
 //! Probes of what a model does with length: `bench first-sentence` (Llama 2 Long, arXiv 2309.16039),
 //! `bench key-context` (XL3M, arXiv 2405.17755) and `bench loss`, the loss by position.
 
-use crate::cli::Common;
 use crate::models::{self, Opened};
+use crate::options::Common;
 use crate::reading::kv_dtype;
 use crate::ui;
 use anyhow::{Result, bail};

@@ -1,7 +1,8 @@
 //! Reading and answering: `ask`, `prepare`, `generate`, `chat`.
 
-use crate::cli::{Ask, Chat, Common, Generate, Prepare, Reading, Sampling};
+use crate::cli::{Ask, Chat, Generate, Prepare, Reading, Sampling};
 use crate::models::{self, Opened};
+use crate::options::Common;
 use crate::ui::{self, Interrupted};
 use anyhow::{Context, Result, bail};
 use longspan_agents::chat::local::listed;
@@ -40,7 +41,7 @@ struct ReadStats {
 /// The type of cached keys and values that the options name.
 pub fn kv_dtype(common: &Common) -> Result<KvDtype> {
     // The reference path is exact in the cache too.
-    let exact = common.precision == Some(crate::cli::Precision::F32);
+    let exact = common.precision == Some(crate::options::Precision::F32);
     let Some(name) = common.kv.as_deref() else {
         return Ok(if exact { KvDtype::F32 } else { default_kv() });
     };

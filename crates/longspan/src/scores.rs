@@ -1,7 +1,7 @@
 //! `longspan score`, `report`, `compare`: what came of runs, without asking a model.
 
-use crate::cli::Common;
 use crate::eval::{coded, exit, line, print, summary};
+use crate::options::Common;
 use anyhow::{Context, Result};
 use clap::Args;
 use longspan_eval::bench::longbench;

@@ -1,8 +1,8 @@
 //! `longspan search`: the passages of a folder that are nearest to a question, from an index that is kept and
 //! brought up to date.
 
-use crate::cli::Common;
 use crate::models;
+use crate::options::Common;
 use crate::ui::{self, Interrupted};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
@@ -43,7 +43,7 @@ pub struct Search {
 pub fn embedder(name: &str, common: &Common) -> Result<SentenceEmbedder> {
     let folder = models::obtain(name, common.json)?;
     let precision = match common.precision {
-        Some(crate::cli::Precision::F32) => Precision::Dense(DType::F32),
+        Some(crate::options::Precision::F32) => Precision::Dense(DType::F32),
         _ => Precision::Packed,
     };
     let encoder = TextEncoder::open(&folder, precision, &Device::Cpu)

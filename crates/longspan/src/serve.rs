@@ -1,6 +1,6 @@
 //! `longspan serve`: the HTTP server around an opened model.
 
-use crate::cli::Common;
+use crate::options::Common;
 use crate::{models, reading, ui};
 use anyhow::{Context, Result};
 use candle_core::Device;

@@ -1,6 +1,6 @@
 //! The settings file: defaults for options that were not given.
 
-use crate::cli::{Common, DeviceKind, Precision};
+use crate::options::{Common, DeviceKind, Precision};
 use anyhow::{Context, Result};
 use longspan_nn::position::RopeOverride;
 use serde::Deserialize;
@@ -45,21 +45,18 @@ impl Settings {
         }
     }
 
-    /// Fills in what the command line left open.
-    pub fn apply(self, given: Common) -> Result<Common> {
-        if let Some(0) = given.threads.or(self.threads) {
-            anyhow::bail!("--threads is 0, expected at least 1");
+    /// What commands see where the command line says nothing.
+    pub fn common(&self) -> Common {
+        Common {
+            model: self.model.clone(),
+            context: self.context.clone(),
+            rope: self.rope.clone(),
+            kv: self.kv.clone(),
+            precision: self.precision,
+            device: self.device,
+            threads: self.threads,
+            max_tokens: self.max_tokens,
+            json: false,
         }
-        Ok(Common {
-            model: given.model.or(self.model),
-            context: given.context.or(self.context),
-            rope: given.rope.or(self.rope),
-            kv: given.kv.or(self.kv),
-            precision: given.precision.or(self.precision),
-            device: given.device.or(self.device),
-            threads: given.threads.or(self.threads),
-            max_tokens: given.max_tokens.or(self.max_tokens),
-            json: given.json,
-        })
     }
 }

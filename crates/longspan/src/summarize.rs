@@ -1,7 +1,8 @@
 //! `longspan summarize`: summaries of books and meetings of any length.
 
 use crate::chat_model::{self, ChatModelArgs, Shown, call, explain};
-use crate::cli::{Common, Reading};
+use crate::cli::Reading;
+use crate::options::Common;
 use crate::reading::{join, read_documents};
 use crate::workflow_ask::spent;
 use anyhow::{Context, Result, bail};

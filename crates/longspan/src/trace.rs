@@ -1,6 +1,6 @@
 //! `longspan trace show`: what a workflow asked and what it took.
 
-use crate::cli::Common;
+use crate::options::Common;
 use crate::ui;
 use anyhow::Result;
 use clap::Subcommand;

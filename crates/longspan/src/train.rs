@@ -1,6 +1,6 @@
 //! `longspan train`, `longspan runs`, `longspan reproduce`: learning, what was learned, and papers' claims at small scale.
 
-use crate::cli::Common;
+use crate::options::Common;
 use crate::ui;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};

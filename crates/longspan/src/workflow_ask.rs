@@ -1,7 +1,8 @@
 //! `longspan ask --workflow`: answers that take many calls of a model.
 
 use crate::chat_model::{self, ChatModelArgs, Shown, call, explain};
-use crate::cli::{Ask, Common};
+use crate::cli::Ask;
+use crate::options::Common;
 use crate::reading::{join, read_documents};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};

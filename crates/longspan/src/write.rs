@@ -1,7 +1,7 @@
 //! `longspan write`: long texts, planned and written paragraph by paragraph.
 
 use crate::chat_model::{self, ChatModelArgs, Shown, call};
-use crate::cli::Common;
+use crate::options::Common;
 use crate::ui::{self, Interrupted};
 use crate::workflow_ask::spent;
 use anyhow::{Context, Result};

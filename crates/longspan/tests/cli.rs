@@ -204,6 +204,60 @@ fn mistakes_are_named() {
 }
 
 #[test]
+fn an_option_that_a_command_does_not_read_is_refused() {
+    let refused = |words: &[&str]| {
+        let output = run_alone(words);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{words:?}: {error}");
+        let option = words.iter().rev().nth(1).unwrap();
+        let says = format!("unexpected argument '{option}'");
+        assert!(error.contains(&says), "{words:?}: {error}");
+    };
+    for command in [
+        "pull",
+        "models",
+        "papers",
+        "trace show a.jsonl",
+        "memory show",
+        "search . x",
+        "score a",
+        "report a",
+        "compare a",
+        "train a.toml",
+        "runs ls",
+        "reproduce s4",
+        "bench mixers s4",
+        "bench train",
+        "bench attention",
+    ] {
+        let words: Vec<&str> = command.split(' ').collect();
+        for option in [["--model", "x"], ["--context", "full"], ["--device", "cpu"]] {
+            refused(&[&words[..], &option].concat());
+        }
+    }
+    for command in ["info", "data passkey --out a"] {
+        let words: Vec<&str> = command.split(' ').collect();
+        for option in [["--kv", "f16"], ["--rope", "ntk:2"], ["--threads", "1"]] {
+            refused(&[&words[..], &option].concat());
+        }
+    }
+    for command in ["context", "depth", "questions", "dialogue"] {
+        refused(&["bench", command, "--context", "full"]);
+    }
+    // One object in place of text is what every command can print, but for a shell's script.
+    let output = run_alone(&["completions", "bash", "--json"]);
+    assert!(!output.status.success());
+}
+
+fn run_alone(words: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_longspan"));
+    command
+        .args(words)
+        .env("LONGSPAN_CONFIG", "/nonexistent/longspan.toml");
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
 fn a_model_that_is_none_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let whole = std::fs::read(model()).unwrap();

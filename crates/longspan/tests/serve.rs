@@ -20,10 +20,13 @@ fn model() -> PathBuf {
 /// The program on the tiny model, with caches in `home` and a window that prompts of real words fit into.
 fn longspan(home: &Path, words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_longspan"));
+    command.args(words);
+    if !["memory", "search"].contains(&words[0]) {
+        command
+            .args(["--rope", "linear:64", "--model"])
+            .arg(model());
+    }
     command
-        .args(words)
-        .args(["--rope", "linear:64", "--model"])
-        .arg(model())
         .env("LONGSPAN_CONFIG", "/nonexistent/longspan.toml")
         .env("LONGSPAN_CACHE", home.join("cache"))
         .env_remove("LONGSPAN_API_KEY")

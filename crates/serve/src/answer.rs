@@ -156,12 +156,8 @@ impl Writers {
 
     fn ended(&mut self, answer: usize, end: End) -> ControlFlow<()> {
         let writer = self.writer(answer);
+        let text = writer.stop.end(writer.stream.finish());
         let stopped = writer.stop.stopped();
-        let text = if stopped {
-            String::new()
-        } else {
-            writer.stop.finish()
-        };
         let tokens = std::mem::take(&mut writer.tokens);
         let count = writer.count;
         if !text.is_empty() || !tokens.is_empty() {

@@ -345,7 +345,7 @@ fn logprobs(model: &Arc<dyn ChatModel>, probe: &Probe<'_>) -> Result<(), String>
 }
 
 /// The bytes of the tokens listed are the text. A control token is listed by its name and has none; a character that
-/// is cut by the end of the reply is not part of the text, nor is the blank that some tokenizers put before it.
+/// is cut by the end of the reply is U+FFFD in ours and left out elsewhere, as is the blank that some tokenizers put before it.
 fn adds_up(reply: &Reply) -> Result<(), String> {
     let whole = |text: &str| text.replace('\u{FFFD}', "");
     let text = whole(&reply.text);

@@ -294,13 +294,16 @@ impl LocalModel {
         };
         let mut session = EngineSession::new(&self.engine, sequence);
         let outcome = run(&mut session, strategy, &request, logits, &mut emit)?;
-        let finish = finish.unwrap_or(match outcome.end {
+        let mut finish = finish.unwrap_or(match outcome.end {
             End::Eos => Finish::Stop,
             End::Length => Finish::Length,
             End::Cancelled => Finish::Cancelled,
         });
         if finish != Finish::Cancelled && !stop.stopped() {
-            let rest = stop.finish();
+            let rest = stop.end(stream.finish());
+            if stop.stopped() {
+                finish = Finish::Stop;
+            }
             text.push_str(&rest);
             if !rest.is_empty() {
                 let _ = on_text(&rest);
@@ -328,7 +331,7 @@ impl LocalModel {
                 text.push_str(&stop.push(&piece).0);
             }
         }
-        text.push_str(&stop.finish());
+        text.push_str(&stop.end(stream.finish()));
         Written {
             text,
             score: answer.score,

@@ -3,6 +3,8 @@
 //!
 //! One exchange per call; [`super::layers::Retrying`] repeats what failed.
 
+mod counting;
+
 use super::http::{Client, Head, Patience};
 use super::local::Finish;
 use super::model::{
@@ -11,7 +13,8 @@ use super::model::{
 };
 use super::sse::SseParser;
 use super::wire::{self, TokenLogprob, TopLogprob};
-use longspan_data::tokenize::{Special, Tokenizer};
+use counting::Counting;
+use longspan_data::tokenize::Tokenizer;
 use longspan_infer::decode::{DecodeConfig, SamplingConfig};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -65,20 +68,6 @@ pub struct OpenAiModel {
     card: Card,
     counting: Counting,
 }
-
-/// Who counts tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Counting {
-    /// Nobody: they are estimated.
-    Estimate,
-    /// A server of another make that has a tokenize route: texts are exact, conversations nearly.
-    Texts,
-    /// A server of our make: texts, many at a time, and conversations.
-    All,
-}
-
-/// Texts counted in one exchange, and their bytes, at most.
-const COUNTED_AT_ONCE: (usize, usize) = (4096, 4 << 20);
 
 /// What a stream or a whole answer adds up to.
 #[derive(Default)]
@@ -407,34 +396,6 @@ impl OpenAiModel {
             from_cache: false,
         })
     }
-
-    fn tokenize<T: Serialize>(&self, request: &T) -> Result<wire::TokenizeReply> {
-        let url = self.url("tokenize");
-        let body = self.json(&url, request)?;
-        self.parse(&url, &self.send("tokenize", Some(body), &Call::default())?)
-    }
-
-    /// Tokens of a text by the route of another make, whose field is `prompt` or `content`.
-    fn tokens_there(&self, text: &str) -> Result<usize> {
-        let reply = self.tokenize(&serde_json::json!({
-            "model": self.config.model, "prompt": text, "content": text, "add_special_tokens": false,
-        }))?;
-        match reply.count.max(reply.tokens.len()) {
-            0 if !text.is_empty() => Err(ChatError::Protocol(format!(
-                "{}: no tokens of {} bytes of text",
-                self.url("tokenize"),
-                text.len()
-            ))),
-            tokens => Ok(tokens),
-        }
-    }
-
-    fn exact(tokens: usize) -> TokenCount {
-        TokenCount {
-            tokens,
-            exact: true,
-        }
-    }
 }
 
 /// The fields that both kinds of requests share.
@@ -484,88 +445,15 @@ impl ChatModel for OpenAiModel {
     }
 
     fn count(&self, input: &Input) -> Result<TokenCount> {
-        if self.counting == Counting::All {
-            let mut request = wire::TokenizeRequest {
-                model: self.config.model.clone(),
-                ..wire::TokenizeRequest::default()
-            };
-            match input {
-                Input::Chat(messages) => {
-                    request.messages = Some(messages.iter().map(wire::ChatMessage::from).collect());
-                }
-                Input::Text(text) => request.prompt = Some(text.clone()),
-            }
-            return Ok(Self::exact(self.tokenize(&request)?.count));
-        }
-        let mut count = self.count_text(&input.plain())?;
-        if let Input::Chat(messages) = input {
-            // Templates put a few tokens around every message.
-            count.tokens += 6 * messages.len() + 4;
-        }
-        count.exact = false;
-        Ok(count)
+        self.tokens_of_input(input)
     }
 
     fn count_text(&self, text: &str) -> Result<TokenCount> {
-        match (&self.config.tokenizer, self.counting) {
-            (Some(tokenizer), _) => {
-                let tokens = tokenizer.encode(text, Special::None);
-                Ok(Self::exact(
-                    tokens.map_err(super::local::ModelError::from)?.len(),
-                ))
-            }
-            _ if text.is_empty() => Ok(Self::exact(0)),
-            (None, Counting::All) => Ok(self.count_texts(&[text])?[0]),
-            (None, Counting::Texts) => Ok(Self::exact(self.tokens_there(text)?)),
-            (None, Counting::Estimate) => Ok(TokenCount::estimate(text)),
-        }
+        self.tokens_of(text)
     }
 
     fn count_texts(&self, texts: &[&str]) -> Result<Vec<TokenCount>> {
-        if self.counting == Counting::Estimate || self.config.tokenizer.is_some() {
-            return texts.iter().map(|text| self.count_text(text)).collect();
-        }
-        if self.counting == Counting::Texts {
-            // One exchange a piece would take long where pieces are sentences: a share of the whole's tokens serves,
-            // and whoever packs pieces counts what came of it once more.
-            if texts.len() <= 4 {
-                return texts.iter().map(|text| self.count_text(text)).collect();
-            }
-            let bytes = texts.iter().map(|text| text.len()).sum::<usize>().max(1);
-            let whole = self.count_text(&texts.concat())?.tokens;
-            let share = |text: &&str| TokenCount {
-                tokens: (text.len() * whole).div_ceil(bytes),
-                exact: true,
-            };
-            return Ok(texts.iter().map(share).collect());
-        }
-        let mut counts = Vec::with_capacity(texts.len());
-        while counts.len() < texts.len() {
-            let mut bytes = 0;
-            let next = texts[counts.len()..].iter().take(COUNTED_AT_ONCE.0);
-            let next = next.take_while(|text| {
-                bytes += text.len();
-                bytes <= COUNTED_AT_ONCE.1 || bytes == text.len()
-            });
-            let prompts: Vec<String> = next.map(|text| text.to_string()).collect();
-            let asked = prompts.len();
-            let reply = self.tokenize(&wire::TokenizeRequest {
-                model: self.config.model.clone(),
-                prompts: Some(prompts),
-                add_special_tokens: Some(false),
-                ..wire::TokenizeRequest::default()
-            })?;
-            let found = reply.counts.unwrap_or_default();
-            if found.len() != asked {
-                return Err(ChatError::Protocol(format!(
-                    "{}: {} counts for {asked} texts",
-                    self.url("tokenize"),
-                    found.len()
-                )));
-            }
-            counts.extend(found.into_iter().map(Self::exact));
-        }
-        Ok(counts)
+        self.tokens_of_each(texts)
     }
 
     fn reply(&self, request: &Request, call: &Call, on_text: OnText<'_>) -> Result<Reply> {

@@ -6,6 +6,7 @@
 use super::{Observer, Took, aloud, quiet};
 use crate::chat::model::{Ability, Call, ChatError, ChatModel, Request, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// Hyper-parameters, with the paper's defaults where it has them.
@@ -44,7 +45,7 @@ impl Default for AgentWriteConfig {
             max_steps: 50,
             min_matched: 0.8,
             plan_tries: 3,
-            short: 0.8,
+            short: 0.9,
             extend: 4,
             parallel: false,
         }
@@ -85,6 +86,26 @@ pub enum PlanError {
     /// More steps than allowed.
     #[error("the plan has {0} steps, more than allowed")]
     Steps(usize),
+    /// Steps that say the same.
+    #[error("the plan's {steps} steps have {points} different main points")]
+    Repeated {
+        /// Steps there are.
+        steps: usize,
+        /// Points that differ.
+        points: usize,
+    },
+}
+
+/// An error unless more than half of the points differ.
+fn varied(steps: &[Step]) -> std::result::Result<(), PlanError> {
+    let points: HashSet<String> = steps.iter().map(|step| step.point.to_lowercase()).collect();
+    match points.len() * 2 > steps.len() {
+        true => Ok(()),
+        false => Err(PlanError::Repeated {
+            steps: steps.len(),
+            points: points.len(),
+        }),
+    }
 }
 
 /// The steps of a plan: one a line, `Paragraph N - Main Point: ... - Word Count: 400 words`, bold marks and list marks
@@ -354,6 +375,7 @@ impl<'a> AgentWrite<'a> {
         const START: &str = "Paragraph 1 - Main Point:";
         let mut prompt = plan_prompt(instruction, self.config.words);
         let mut last = None;
+        let mut repeats = None;
         for attempt in 0..self.config.plan_tries.max(1) {
             let seed = self.config.seed.wrapping_add(attempt as u64);
             if let Some(error) = &last {
@@ -369,13 +391,24 @@ impl<'a> AgentWrite<'a> {
             }
             let step = call.step("write", format!("plan {}", attempt + 1));
             let reply = quiet(self.model, &request, &step, took)?;
-            match parse_plan(&format!("{}{reply}", request.answer_prefix), &self.config) {
+            let steps = parse_plan(&format!("{}{reply}", request.answer_prefix), &self.config);
+            match steps.and_then(|steps| match varied(&steps) {
+                Ok(()) => Ok(steps),
+                Err(error) => {
+                    repeats = Some(steps);
+                    Err(error)
+                }
+            }) {
                 Ok(steps) => return Ok(steps),
                 Err(error) => {
                     observer.note(&format!("plan {}: {error}", attempt + 1));
                     last = Some(error);
                 }
             }
+        }
+        if let Some(steps) = repeats {
+            // Its counts are of use; the observer was told what it lacks.
+            return Ok(steps);
         }
         let error = last.map_or(String::new(), |error| error.to_string());
         Err(ChatError::Protocol(format!(
@@ -394,6 +427,8 @@ impl<'a> AgentWrite<'a> {
     ) -> Result<String> {
         let wanted = state.plan[index].words;
         let mut written = String::new();
+        // A model that can go on from a given start does so until it ends there; then it is asked for more.
+        let mut goes_on = self.model.card().can(Ability::AnswerPrefix);
         for attempt in 0..=self.config.extend {
             let words = count_words(&written);
             if attempt > 0 && words as f64 >= self.config.short * wanted as f64 {
@@ -410,19 +445,26 @@ impl<'a> AgentWrite<'a> {
             let mut request;
             // Where the window is too small, the end of the text so far must do.
             loop {
+                let (shown, words) = match goes_on {
+                    true => ("", wanted),
+                    false => (written.as_str(), rest),
+                };
                 let prompt = write_prompt(
                     &state.instruction,
                     &state.plan,
                     index,
                     &before,
-                    &written,
-                    rest,
+                    shown,
+                    words,
                 );
                 let seed = self
                     .config
                     .seed
                     .wrapping_add((index * 100 + attempt) as u64);
                 request = Request::user(prompt).temperature(self.config.temperature, seed);
+                if goes_on && !written.is_empty() {
+                    request.answer_prefix = format!("{written}\n\n");
+                }
                 match self.tokens(&request, self.config.max_tokens.min(rest * 3 + 200)) {
                     Ok(tokens) => {
                         request.max_tokens = tokens;
@@ -448,8 +490,14 @@ impl<'a> AgentWrite<'a> {
                 format!("paragraph {} part {}", index + 1, attempt + 1),
             );
             let reply = aloud(self.model, &request, &step, &mut state.took, observer)?;
-            let part = clean(&reply);
+            let mut known = state.paragraphs.clone();
+            known.push(written.clone());
+            let part = clean(&reply, &request.input.plain(), &known);
             if part.is_empty() {
+                if !written.is_empty() && goes_on {
+                    goes_on = false;
+                    continue;
+                }
                 if !written.is_empty() {
                     // It has nothing to add.
                     break;
@@ -463,7 +511,7 @@ impl<'a> AgentWrite<'a> {
                 continue;
             }
             if !written.is_empty() {
-                written.push(' ');
+                written.push_str(if goes_on { "\n\n" } else { " " });
             }
             written.push_str(&part);
         }
@@ -543,14 +591,33 @@ pub fn write_prompt(
     )
 }
 
-/// A reply without a plan's line before it.
-fn clean(reply: &str) -> String {
-    let text = reply.trim();
-    match text.split_once('\n') {
-        Some((first, rest)) if parse_step(first).is_some() => rest.trim().to_string(),
-        None if parse_step(text).is_some() => String::new(),
-        _ => text.to_string(),
+/// A reply without lines of the prompt, lines of a plan, and lines of some length that the text has already: small models
+/// repeat what they were shown.
+fn clean(reply: &str, prompt: &str, known: &[String]) -> String {
+    let lines = |text: &str| -> HashSet<String> {
+        let lines = text.lines().map(|line| line.trim().to_string());
+        lines.filter(|line| !line.is_empty()).collect()
+    };
+    let shown = lines(prompt);
+    let mut written: HashSet<String> = known.iter().flat_map(|text| lines(text)).collect();
+    let mut text = String::new();
+    for line in reply.trim().lines().filter(|line| {
+        let line = line.trim();
+        if line.is_empty() {
+            return true;
+        }
+        let long = line.split_whitespace().count() >= 8;
+        let new = !written.contains(line) || !long;
+        written.insert(line.into());
+        new && parse_step(line).is_none() && !shown.contains(line)
+    }) {
+        // What was dropped leaves no gap behind.
+        if !(line.trim().is_empty() && (text.is_empty() || text.ends_with("\n\n"))) {
+            text.push_str(line);
+            text.push('\n');
+        }
     }
+    text.trim().to_string()
 }
 
 fn last_words(text: &str, words: usize) -> &str {
@@ -631,6 +698,36 @@ mod tests {
         );
         assert_eq!(read(&good.repeat(50)).unwrap().len(), 50);
         assert_eq!(read(&good.repeat(51)), Err(PlanError::Steps(51)));
+    }
+
+    #[test]
+    fn what_was_shown_is_no_part_of_a_reply() {
+        let prompt = "The plan:\nParagraph 1 - Main Point: The sea - Word Count: 400 words\n\nThe last paragraph is too short. It is:";
+        let known = ["The waves came in from the west all day long.\nYes.".to_string()];
+        let reply = "Paragraph 2 - Main Point: The land - Word Count: 9 words\n\nThe last paragraph is too short. It is:\n\nThe waves came in from the west all day long.\nYes.\n\nA new line.\n";
+        assert_eq!(clean(reply, prompt, &known), "Yes.\n\nA new line.");
+        let twice = "The keeper lit the lamp before the ships came home.\n".repeat(2);
+        assert_eq!(clean(&twice, prompt, &[]), twice.lines().next().unwrap());
+        assert_eq!(
+            clean("Paragraph 1 - Main Point: x - Word Count: 3", "", &[]),
+            ""
+        );
+    }
+
+    #[test]
+    fn plans_that_repeat_themselves_are_told_from_others() {
+        let step = |point: &str| Step {
+            point: point.into(),
+            words: 100,
+        };
+        assert_eq!(varied(&[step("a")]), Ok(()));
+        assert_eq!(varied(&[step("a"), step("b"), step("B")]), Ok(()));
+        let error = varied(&[step("a"), step("A"), step("b"), step("b")]);
+        let want = PlanError::Repeated {
+            steps: 4,
+            points: 2,
+        };
+        assert_eq!(error, Err(want));
     }
 
     #[test]

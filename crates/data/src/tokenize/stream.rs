@@ -42,10 +42,11 @@ impl StreamDecoder {
     }
 
     /// Ends the stream: what is left of an unfinished character, as U+FFFD.
-    pub fn finish(mut self) -> Option<String> {
+    pub fn finish(&mut self) -> Option<String> {
         if !self.tokenizer.tokens_are_bytes() {
             let text = self.tokenizer.decode(&self.window);
             let rest = text.get(self.shown..).unwrap_or("").to_string();
+            self.shown = text.len();
             return (!rest.is_empty()).then_some(rest);
         }
         let left = std::mem::take(&mut self.bytes);

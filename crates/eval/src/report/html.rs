@@ -2,8 +2,8 @@
 //! other file, readable when printed.
 
 use super::markdown::value;
-use super::svg::{self, Curve, Point, escape};
-use super::{Report, ReportCell, distinct, figure, length};
+use super::svg::{self, Curve, Dot, Point, escape};
+use super::{Report, ReportCell, distinct, figure, grouped, length};
 use std::fmt::Write;
 
 /// What every page of this program looks like.
@@ -113,9 +113,7 @@ fn table(out: &mut String, cells: &[&ReportCell]) {
             counts.truncated,
             counts.unparsed,
             counts.errors,
-            cell.cost
-                .prefill_tokens_per_s
-                .map_or("-".into(), |r| format!("{r:.0}")),
+            cell.cost.prefill_tokens_per_s.map_or("-".into(), grouped),
             match cell.cost.peak_kv_bytes {
                 0 => "-".to_string(),
                 bytes => format!("{:.1} MB", bytes as f64 / 1e6),
@@ -292,35 +290,34 @@ fn plain(value: &serde_json::Value) -> String {
 
 /// Quality beside memory and speed, where several models or policies were run.
 fn cost(out: &mut String, cells: &[&ReportCell]) {
-    if series(cells).len() < 2 {
+    let names = series(cells);
+    if names.len() < 2 {
         return;
     }
-    let points = |cost: &dyn Fn(&ReportCell) -> Option<f64>| -> Vec<(String, f64, f64)> {
-        cells
-            .iter()
-            .filter_map(|cell| {
-                let name = format!("{} at {}", cell.series(), length(cell.score.cell.length));
-                Some((name, cost(cell)?, cell.score.main()?.value))
+    let dots = |cost: &dyn Fn(&ReportCell) -> Option<f64>| -> Vec<Dot> {
+        let dots = cells.iter().filter_map(|cell| {
+            let (own, length) = (cell.series(), length(cell.score.cell.length));
+            Some(Dot {
+                series: names.iter().position(|name| *name == own)?,
+                name: format!("{own} at {length}"),
+                label: length,
+                x: cost(cell)?,
+                y: cell.score.main()?.value,
             })
-            .collect()
+        });
+        dots.collect()
     };
     let better = cells[0].higher_is_better;
-    let memory = points(&|cell| Some(cell.cost.peak_kv_bytes as f64 / 1e6).filter(|mb| *mb > 0.0));
-    let speed = points(&|cell| cell.cost.prefill_tokens_per_s);
-    let memory_map = svg::scatter(&memory, "peak keys and values in MB", metric(cells), better);
-    let speed_map = svg::scatter(&speed, "read tokens per second", metric(cells), better);
-    if memory_map.is_empty() && speed_map.is_empty() {
+    let memory = dots(&|cell| Some(cell.cost.peak_kv_bytes as f64 / 1e6).filter(|mb| *mb > 0.0));
+    let speed = dots(&|cell| cell.cost.prefill_tokens_per_s);
+    let memory = svg::scatter(&memory, "peak keys and values in MB", metric(cells), better);
+    let speed = svg::scatter(&speed, "read tokens per second", metric(cells), better);
+    if memory.is_empty() && speed.is_empty() {
         return;
     }
-    let names = if memory_map.is_empty() {
-        &speed
-    } else {
-        &memory
-    };
-    let names: Vec<String> = names.iter().map(|point| point.0.clone()).collect();
     let _ = write!(
         out,
-        "<h3>Quality beside cost</h3>{}<div class=\"maps\">{memory_map}{speed_map}</div>",
+        "<h3>Quality beside cost</h3>{}<div class=\"maps\">{memory}{speed}</div>",
         svg::legend(&names)
     );
 }

@@ -232,10 +232,32 @@ pub fn length(length: usize) -> String {
 pub fn figure(value: f64) -> String {
     match value.abs() {
         x if x.is_nan() => "-".into(),
+        // No minus before zero.
+        x if x < 0.0005 => "0.000".into(),
         x if x < 10.0 => format!("{value:.3}"),
         x if x < 1000.0 => format!("{value:.1}"),
-        _ => format!("{value:.0}"),
+        _ => grouped(value),
     }
+}
+
+/// A number without decimals, thousands apart.
+pub fn grouped(value: f64) -> String {
+    if !value.is_finite() {
+        return "-".into();
+    }
+    let digits = format!("{:.0}", value.abs());
+    let mut out = String::from(if value < 0.0 && digits != "0" {
+        "-"
+    } else {
+        ""
+    });
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
 }
 
 /// Seconds since 1970 as a date in UTC (civil-from-days, Howard Hinnant's algorithm).
@@ -284,8 +306,12 @@ mod tests {
             ["512", "4k", "1.5k", "2k"]
         );
         assert_eq!(
-            [figure(0.5), figure(12.345), figure(1234.5)],
-            ["0.500", "12.3", "1234"]
+            [figure(0.5), figure(12.345), figure(1234.5), figure(-0.0)],
+            ["0.500", "12.3", "1,234", "0.000"]
+        );
+        assert_eq!(
+            [grouped(999.6), grouped(-1_234_567.0), grouped(-0.2)],
+            ["1,000", "-1,234,567", "0"]
         );
     }
 }

@@ -1,6 +1,6 @@
 //! Figures as inline SVG: heat map, curves with intervals, quality beside cost.
 
-use super::{figure, length};
+use super::{figure, grouped, length};
 use std::fmt::Write;
 
 /// Text made safe for HTML.
@@ -134,40 +134,80 @@ const TOP: f64 = 14.0;
 const RIGHT: f64 = 20.0;
 const BOTTOM: f64 = 46.0;
 
-/// A plain axis range with a little room; `zero_to_one` for scores.
-fn range(values: impl Iterator<Item = f64>, zero_to_one: bool) -> (f64, f64) {
-    if zero_to_one {
-        return (0.0, 1.0);
-    }
-    let (low, high) = values
-        .filter(|v| v.is_finite())
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| {
-            (l.min(v), h.max(v))
+/// An axis: its range and the round values named on it.
+struct Axis {
+    low: f64,
+    high: f64,
+    ticks: Vec<f64>,
+    /// Decimals that tell the ticks apart.
+    places: usize,
+}
+
+impl Axis {
+    /// Round values at equal steps around all of these; `zero_to_one` for scores.
+    fn new(values: impl Iterator<Item = f64>, zero_to_one: bool) -> Axis {
+        let (mut low, mut high) = values
+            .filter(|v| v.is_finite())
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| {
+                (l.min(v), h.max(v))
+            });
+        if zero_to_one || !low.is_finite() {
+            (low, high) = (0.0, 1.0);
+        } else if high - low < 1e-9 * high.abs().max(1.0) {
+            let room = (high.abs() * 0.1).max(1e-3);
+            (low, high) = (low - room, high + room);
+        }
+        // Four or five steps of 1, 2, 2.5 or 5 times a power of ten.
+        let least = (high - low) / 4.5;
+        let power = 10f64.powf(least.log10().floor());
+        let step = [1.0, 2.0, 2.5, 5.0, 10.0].map(|factor| factor * power);
+        let step = step.into_iter().find(|step| *step >= least);
+        let step = step.unwrap_or(10.0 * power);
+        let from = (low / step + 1e-9).floor();
+        let to = (high / step - 1e-9).ceil();
+        let count = (to - from) as usize;
+        let places = (0..9).find(|&places| {
+            let scaled = step * 10f64.powi(places);
+            (scaled - scaled.round()).abs() < 1e-6 * scaled
         });
-    if !low.is_finite() {
-        return (0.0, 1.0);
+        Axis {
+            low: from * step,
+            high: to * step,
+            ticks: (0..=count).map(|i| (from + i as f64) * step).collect(),
+            places: places.unwrap_or(9) as usize,
+        }
     }
-    let room = ((high - low) * 0.08).max(high.abs() * 0.02).max(1e-9);
-    (low - room, high + room)
+
+    /// Where a value lies between both ends.
+    fn share(&self, value: f64) -> f64 {
+        ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+    }
+
+    fn name(&self, tick: f64) -> String {
+        // No minus before zero.
+        let tick = if tick.abs() < 1e-12 { 0.0 } else { tick };
+        match self.places {
+            0 => grouped(tick),
+            places => format!("{tick:.places$}"),
+        }
+    }
 }
 
 /// Frame, horizontal lines and axis names.
-fn frame(out: &mut String, y: (f64, f64), x_name: &str, y_name: &str) {
+fn frame(out: &mut String, y: &Axis, x_name: &str, y_name: &str) {
     let _ = write!(
         out,
         "<svg role=\"img\" viewBox=\"0 0 {W} {H}\" width=\"{W}\" height=\"{H}\" font-size=\"12\">"
     );
-    for step in 0..=4 {
-        let share = f64::from(step) / 4.0;
-        let value = y.0 + (y.1 - y.0) * share;
-        let at = TOP + (H - TOP - BOTTOM) * (1.0 - share);
+    for &value in &y.ticks {
+        let at = TOP + (H - TOP - BOTTOM) * (1.0 - y.share(value));
         let _ = write!(
             out,
             "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#ddd\"/><text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             W - RIGHT,
             LEFT - 6.0,
             at + 4.0,
-            figure(value)
+            y.name(value)
         );
     }
     let _ = write!(
@@ -211,7 +251,7 @@ pub fn curves(curves: &[Curve], x_name: &str, y_name: &str, zero_to_one: bool) -
         let (low, high) = p.interval.unwrap_or((p.y, p.y));
         [p.y, low, high]
     });
-    let y = range(ys, zero_to_one);
+    let y = Axis::new(ys, zero_to_one);
     let x_at = |x: f64| {
         let share = if last > first {
             (x.max(1.0).ln() - first) / (last - first)
@@ -220,10 +260,9 @@ pub fn curves(curves: &[Curve], x_name: &str, y_name: &str, zero_to_one: bool) -
         };
         LEFT + 14.0 + (W - LEFT - RIGHT - 28.0) * share
     };
-    let y_at =
-        |v: f64| TOP + (H - TOP - BOTTOM) * (1.0 - ((v - y.0) / (y.1 - y.0)).clamp(0.0, 1.0));
+    let y_at = |v: f64| TOP + (H - TOP - BOTTOM) * (1.0 - y.share(v));
     let mut out = String::new();
-    frame(&mut out, y, x_name, y_name);
+    frame(&mut out, &y, x_name, y_name);
     let mut shown = f64::NEG_INFINITY;
     for tick in &ticks {
         let at = x_at(*tick);
@@ -276,48 +315,108 @@ pub fn curves(curves: &[Curve], x_name: &str, y_name: &str, zero_to_one: bool) -
     out
 }
 
-/// Named points: quality over cost (x linear from 0). A point that is not finite stays out and keeps its colour.
-pub fn scatter(
-    points: &[(String, f64, f64)],
-    x_name: &str,
-    y_name: &str,
-    zero_to_one: bool,
-) -> String {
-    let most = points.iter().map(|p| p.1).fold(0.0, f64::max) * 1.15;
-    if points.is_empty() || most <= 0.0 {
+/// A point of a scatter.
+pub struct Dot {
+    /// The series that it belongs to, for its colour.
+    pub series: usize,
+    /// Its name in full, shown when it is pointed at.
+    pub name: String,
+    /// A word or two beside it.
+    pub label: String,
+    /// Cost.
+    pub x: f64,
+    /// Quality.
+    pub y: f64,
+}
+
+/// Quality over cost (x linear from 0); points of one series have one colour. A point that is not finite stays out.
+pub fn scatter(dots: &[Dot], x_name: &str, y_name: &str, zero_to_one: bool) -> String {
+    let dots = || dots.iter().filter(|d| d.x.is_finite() && d.y.is_finite());
+    if dots().all(|dot| dot.x <= 0.0) {
         return String::new();
     }
-    let y = range(points.iter().map(|p| p.2), zero_to_one);
-    let x_at = |x: f64| LEFT + (W - LEFT - RIGHT) * x / most;
-    let y_at =
-        |v: f64| TOP + (H - TOP - BOTTOM) * (1.0 - ((v - y.0) / (y.1 - y.0)).clamp(0.0, 1.0));
+    let y = Axis::new(dots().map(|dot| dot.y), zero_to_one);
+    let x = Axis::new(dots().map(|dot| dot.x).chain([0.0]), false);
+    let x_at = |v: f64| LEFT + (W - LEFT - RIGHT - 24.0) * x.share(v);
+    let y_at = |v: f64| TOP + (H - TOP - BOTTOM) * (1.0 - y.share(v));
     let mut out = String::new();
-    frame(&mut out, y, x_name, y_name);
-    for step in 0..=4 {
-        let x = most * f64::from(step) / 4.0;
+    frame(&mut out, &y, x_name, y_name);
+    for &tick in &x.ticks {
         let _ = write!(
             out,
             "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
-            x_at(x),
+            x_at(tick),
             H - BOTTOM + 18.0,
-            figure(x)
+            x.name(tick)
         );
     }
-    for (index, (name, x, v)) in points.iter().enumerate() {
-        if !x.is_finite() || !v.is_finite() {
-            continue;
-        }
+    for dot in dots() {
+        let (at, height) = (x_at(dot.x), y_at(dot.y));
         let _ = write!(
             out,
-            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"6\" fill=\"{}\" fill-opacity=\"0.85\"><title>{}: {} at {}</title></circle>",
-            x_at(*x),
-            y_at(*v),
-            colour(index),
-            escape(name),
-            figure(*v),
-            figure(*x)
+            "<circle cx=\"{at:.1}\" cy=\"{height:.1}\" r=\"5\" fill=\"{}\" fill-opacity=\"0.85\"><title>{}: {} at {}</title></circle><text x=\"{:.1}\" y=\"{:.1}\" font-size=\"11\" fill=\"#555\">{}</text>",
+            colour(dot.series),
+            escape(&dot.name),
+            figure(dot.y),
+            figure(dot.x),
+            at + 8.0,
+            height + if height < TOP + 12.0 { 14.0 } else { -6.0 },
+            escape(&dot.label)
         );
     }
     out += "</svg>";
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(values: &[f64], score: bool) -> Vec<String> {
+        let axis = Axis::new(values.iter().copied(), score);
+        for value in values {
+            let share = axis.share(*value);
+            assert!((0.0..=1.0).contains(&share));
+            let back = axis.low + share * (axis.high - axis.low);
+            assert!((back - value).abs() <= 1e-6 * value.abs().max(1.0));
+        }
+        axis.ticks.iter().map(|&tick| axis.name(tick)).collect()
+    }
+
+    #[test]
+    fn ticks_are_round_and_hold_all_values() {
+        let scores = ["0.00", "0.25", "0.50", "0.75", "1.00"];
+        assert_eq!(names(&[0.3, 0.9], true), scores);
+        let rates = ["0", "5,000", "10,000", "15,000"];
+        assert_eq!(names(&[0.0, 12037.0, 3153.0], false), rates);
+        assert_eq!(names(&[1.5, 6.4], false), ["0", "2", "4", "6", "8"]);
+        assert_eq!(
+            names(&[-1.0, 1.0], false),
+            ["-1.0", "-0.5", "0.0", "0.5", "1.0"]
+        );
+        assert!(names(&[7.0], false).len() >= 3);
+        assert!(names(&[0.0], false).len() >= 3);
+        assert_eq!(names(&[], false), scores);
+    }
+
+    #[test]
+    fn dots_have_their_series_colour_and_a_label() {
+        let dot = |series, label: &str, x, y| Dot {
+            series,
+            name: format!("s{series}"),
+            label: label.into(),
+            x,
+            y,
+        };
+        let dots = [
+            dot(0, "1k", 10.0, 0.5),
+            dot(0, "2k", 20.0, 0.4),
+            dot(1, "1k", f64::NAN, 0.4),
+        ];
+        let figure = scatter(&dots, "cost", "score", true);
+        assert_eq!(figure.matches(colour(0)).count(), 2);
+        assert_eq!(figure.matches(colour(1)).count(), 0);
+        assert!(figure.contains(">2k</text>"));
+        assert_eq!(scatter(&dots[2..], "cost", "score", true), "");
+    }
 }

@@ -71,6 +71,15 @@ impl StopStrings {
         std::mem::take(&mut self.held)
     }
 
+    /// The stream ended with this last piece, such as the sign for a character that was cut: all text not shown yet.
+    pub fn end(&mut self, last: Option<String>) -> String {
+        let (mut text, stopped) = self.push(last.as_deref().unwrap_or(""));
+        if !stopped {
+            text += &self.finish();
+        }
+        text
+    }
+
     /// Bytes of the longest end of `held` that is a beginning of a stop string.
     fn possible(&self) -> usize {
         let longest = |stop: &String| {
