@@ -13,7 +13,7 @@ use longspan_infer::EngineOptions;
 use longspan_infer::context::ContextConfig;
 use longspan_infer::kv::plane::live_planes;
 use longspan_kernels::attention::KvDtype;
-use longspan_serve::{ServeError, Server};
+use longspan_serve::Server;
 use serde_json::{Value, json};
 use std::sync::Arc;
 

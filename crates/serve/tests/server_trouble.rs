@@ -10,9 +10,8 @@ use longspan_serve::{ServeError, Server};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 #[test]
 fn bad_input_is_named() {
@@ -25,6 +24,7 @@ fn bad_input_is_named() {
         let error = &reply.json()["error"];
         let text = |name: &str| error[name].as_str().unwrap_or("").to_string();
         assert!(!text("message").is_empty() && !text("type").is_empty());
+        assert!(reply.head.contains("content-type: application/json"));
         (reply.status, text("code"), text("param"))
     };
     let raw = |body: &[u8]| receive(&mut send(server.address(), "POST", CHAT, "", body));

@@ -429,6 +429,8 @@ impl<'a> AgentWrite<'a> {
         let mut written = String::new();
         // A model that can go on from a given start does so until it ends there; then it is asked for more.
         let mut goes_on = self.model.card().can(Ability::AnswerPrefix);
+        // The start of one that wrote nothing: the small heading that the prompt allows.
+        let heading = format!("{}\n\n", state.plan[index].point);
         for attempt in 0..=self.config.extend {
             let words = count_words(&written);
             if attempt > 0 && words as f64 >= self.config.short * wanted as f64 {
@@ -464,6 +466,11 @@ impl<'a> AgentWrite<'a> {
                 request = Request::user(prompt).temperature(self.config.temperature, seed);
                 if goes_on && !written.is_empty() {
                     request.answer_prefix = format!("{written}\n\n");
+                } else if goes_on && attempt > 0 {
+                    request.answer_prefix.clone_from(&heading);
+                    if attempt == 1 {
+                        observer.text(&heading);
+                    }
                 }
                 match self.tokens(&request, self.config.max_tokens.min(rest * 3 + 200)) {
                     Ok(tokens) => {
@@ -492,7 +499,11 @@ impl<'a> AgentWrite<'a> {
             let reply = aloud(self.model, &request, &step, &mut state.took, observer)?;
             let mut known = state.paragraphs.clone();
             known.push(written.clone());
-            let part = clean(&reply, &request.input.plain(), &known);
+            let frame = ["", "x"].map(|written| {
+                let plan = &state.plan;
+                write_prompt(&state.instruction, plan, index, "", written, wanted)
+            });
+            let part = clean(&reply, &frame.join("\n"), &known);
             if part.is_empty() {
                 if !written.is_empty() && goes_on {
                     goes_on = false;
@@ -510,7 +521,9 @@ impl<'a> AgentWrite<'a> {
                 ));
                 continue;
             }
-            if !written.is_empty() {
+            if written.is_empty() {
+                written.push_str(&request.answer_prefix);
+            } else {
                 written.push_str(if goes_on { "\n\n" } else { " " });
             }
             written.push_str(&part);
@@ -591,14 +604,14 @@ pub fn write_prompt(
     )
 }
 
-/// A reply without lines of the prompt, lines of a plan, and lines of some length that the text has already: small models
+/// A reply without lines of the prompt's frame or parts of them, lines of a plan, and lines of some length that the text has already: small models
 /// repeat what they were shown.
-fn clean(reply: &str, prompt: &str, known: &[String]) -> String {
+fn clean(reply: &str, frame: &str, known: &[String]) -> String {
     let lines = |text: &str| -> HashSet<String> {
         let lines = text.lines().map(|line| line.trim().to_string());
         lines.filter(|line| !line.is_empty()).collect()
     };
-    let shown = lines(prompt);
+    let shown = lines(frame);
     let mut written: HashSet<String> = known.iter().flat_map(|text| lines(text)).collect();
     let mut text = String::new();
     for line in reply.trim().lines().filter(|line| {
@@ -606,10 +619,13 @@ fn clean(reply: &str, prompt: &str, known: &[String]) -> String {
         if line.is_empty() {
             return true;
         }
-        let long = line.split_whitespace().count() >= 8;
-        let new = !written.contains(line) || !long;
+        let words = line.split_whitespace().count();
+        let new = !written.contains(line) || words < 8;
         written.insert(line.into());
-        new && parse_step(line).is_none() && !shown.contains(line)
+        let repeated = shown
+            .iter()
+            .any(|shown| shown == line || (words >= 4 && shown.contains(line)));
+        new && parse_step(line).is_none() && !repeated
     }) {
         // What was dropped leaves no gap behind.
         if !(line.trim().is_empty() && (text.is_empty() || text.ends_with("\n\n"))) {
@@ -702,12 +718,12 @@ mod tests {
 
     #[test]
     fn what_was_shown_is_no_part_of_a_reply() {
-        let prompt = "The plan:\nParagraph 1 - Main Point: The sea - Word Count: 400 words\n\nThe last paragraph is too short. It is:";
+        let frame = "The plan:\nParagraph 1 - Main Point: The sea - Word Count: 400 words\n\nThe last paragraph is too short. It is:\nIt shall have about 400 words. A short heading is allowed.";
         let known = ["The waves came in from the west all day long.\nYes.".to_string()];
-        let reply = "Paragraph 2 - Main Point: The land - Word Count: 9 words\n\nThe last paragraph is too short. It is:\n\nThe waves came in from the west all day long.\nYes.\n\nA new line.\n";
-        assert_eq!(clean(reply, prompt, &known), "Yes.\n\nA new line.");
+        let reply = "Paragraph 2 - Main Point: The land - Word Count: 9 words\n\nThe last paragraph is too short. It is:\nParagraph 1 - Main Point: The sea\nIt shall have about 400 words.\n\nThe waves came in from the west all day long.\nYes.\n\nA new line.\n";
+        assert_eq!(clean(reply, frame, &known), "Yes.\n\nA new line.");
         let twice = "The keeper lit the lamp before the ships came home.\n".repeat(2);
-        assert_eq!(clean(&twice, prompt, &[]), twice.lines().next().unwrap());
+        assert_eq!(clean(&twice, frame, &[]), twice.lines().next().unwrap());
         assert_eq!(
             clean("Paragraph 1 - Main Point: x - Word Count: 3", "", &[]),
             ""
