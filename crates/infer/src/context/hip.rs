@@ -76,17 +76,17 @@ impl Default for HipConfig {
         HipConfig {
             k: 1024,
             beams: 256,
-            block_q: 128,
+            block_q: 256,
             block_k: 16,
             decode_block_k: 16,
             share: Share::Always,
-            stride_q: 8,
+            stride_q: 16,
             least_q: 16,
             window: 256,
             sinks: 16,
             representative: Representative::Center,
             dense_layers: 3,
-            refresh: 8,
+            refresh: 16,
             prefill: true,
         }
     }
