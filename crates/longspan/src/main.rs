@@ -74,6 +74,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if let Some(threads) = common.threads {
         longspan_kernels::pool::Pool::request_threads(threads);
     }
+    let cores = || longspan_kernels::cpu::allowed_cpus().len();
+    let threads = match &cli.command {
+        Command::Reproduce(args) if args.jobs(&common) > 1 => 1,
+        _ => common.threads.unwrap_or_else(cores),
+    };
+    // SAFETY: no thread was started yet.
+    unsafe { longspan_kernels::cpu::bound_tensor_pools(threads) };
     match cli.command {
         Command::Pull { models } => models::pull(&models, &common),
         Command::Models => models::list(&common),
