@@ -3,7 +3,10 @@
 //! A [`Kernel`] says what it computes and how gradients come back; [`apply`] makes it an operation of candle's graph
 //! with any number of inputs, in f32 or f64 (f64 is for tests and for what f32 cannot hold), on the CPU.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
+    WithDType, bail,
+};
 use rustfft::num_traits::Float;
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -98,73 +101,100 @@ pub trait Kernel: Send + Sync + 'static {
 }
 
 /// Runs a kernel as one differentiable operation. All inputs have one type, f32 or f64, and lie on the CPU.
+///
+/// Candle's graph knows operations of up to three tensors: of four inputs and more the two largest stay as they are, and the
+/// others are joined to one.
 pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
     let name = kernel.name();
-    let flat = inputs
-        .iter()
-        .map(|input| input.flatten_all())
-        .collect::<Result<Vec<_>>>()?;
-    let flat = match &flat[..] {
-        [] => bail!("{name}: no inputs"),
-        [one] => one.contiguous()?,
-        many => Tensor::cat(many, 0)?,
-    };
-    if !flat.device().is_cpu() {
-        bail!(
-            "{name} runs on the CPU, found a tensor on {:?}",
-            flat.device()
-        );
+    for input in inputs {
+        if !input.device().is_cpu() || input.dtype() != inputs[0].dtype() {
+            bail!(
+                "{name}: found {:?} on {:?}, expected {:?} on the CPU",
+                input.dtype(),
+                input.device(),
+                inputs[0].dtype()
+            );
+        }
     }
-    let lengths = inputs.iter().map(|input| input.elem_count()).collect();
-    flat.apply_op1_arc(Arc::new(Box::new(Op { kernel, lengths })))
+    let lengths: Vec<usize> = inputs.iter().map(|input| input.elem_count()).collect();
+    let mut order: Vec<usize> = (0..inputs.len()).collect();
+    if inputs.len() > 3 {
+        order.sort_by_key(|&index| std::cmp::Reverse(lengths[index]));
+        order[2..].sort_unstable();
+    }
+    let inputs: Vec<&Tensor> = order.iter().map(|&index| inputs[index]).collect();
+    let op = Op {
+        kernel,
+        lengths,
+        order,
+    };
+    match &inputs[..] {
+        [] => bail!("{name}: no inputs"),
+        [a] => a.contiguous()?.apply_op1_arc(Arc::new(Box::new(op))),
+        [a, b] => {
+            let b = b.contiguous()?;
+            a.contiguous()?.apply_op2_arc(&b, Arc::new(Box::new(op)))
+        }
+        [a, b, rest @ ..] => {
+            let rest = match rest {
+                [one] => one.contiguous()?,
+                many => {
+                    let flat = many.iter().map(|t| t.flatten_all());
+                    Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
+                }
+            };
+            let b = b.contiguous()?;
+            let op: Box<dyn CustomOp3 + Send + Sync> = Box::new(op);
+            a.contiguous()?.apply_op3_arc(&b, &rest, Arc::new(op))
+        }
+    }
 }
 
 struct Op<K> {
     kernel: K,
-    /// Elements of each input: candle's graph knows them as one array.
+    /// Elements of each input.
     lengths: Vec<usize>,
+    /// Which input each array is; the third array holds that and all further ones.
+    order: Vec<usize>,
+}
+
+/// A contiguous tensor's elements in place.
+fn read<'a, T: Real>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    let values = storage.as_slice::<T>()?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&values[start..end]),
+        None => bail!("{name}: input is not contiguous"),
+    }
 }
 
 impl<K: Kernel> Op<K> {
-    fn split<'a, T>(&self, mut flat: &'a [T]) -> Vec<&'a [T]> {
-        self.lengths
-            .iter()
-            .map(|&length| {
-                let (head, tail) = flat.split_at(length);
-                flat = tail;
-                head
-            })
-            .collect()
+    /// The kernel's inputs in these arrays.
+    fn split<'a, T>(&self, arrays: &[&'a [T]]) -> Vec<&'a [T]> {
+        let mut inputs = vec![&[][..]; self.lengths.len()];
+        let mut rest: &'a [T] = &[];
+        for (at, &index) in self.order.iter().enumerate() {
+            if at < 3 {
+                rest = arrays[at];
+            }
+            (inputs[index], rest) = rest.split_at(self.lengths[index]);
+        }
+        inputs
     }
 
-    fn pull_back<T: Real>(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Tensor> {
-        let flat = |x: &Tensor| x.contiguous()?.flatten_all()?.to_vec1::<T>();
-        let (arg_values, res, grad) = (flat(arg)?, flat(res)?, flat(grad)?);
-        let parts = self.kernel.backward(&self.split(&arg_values), &res, &grad);
-        Tensor::from_vec(parts.concat(), arg.shape(), arg.device())
-    }
-}
-
-impl<K: Kernel> CustomOp1 for Op<K> {
-    fn name(&self) -> &'static str {
-        self.kernel.name()
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn forward(&self, arrays: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
         fn run<K: Kernel, T: Real>(
             op: &Op<K>,
-            values: &[T],
-            layout: &Layout,
+            arrays: &[(&CpuStorage, &Layout)],
         ) -> Result<(CpuStorage, Shape)> {
-            let Some((start, end)) = layout.contiguous_offsets() else {
-                bail!("{}: input is not contiguous", op.kernel.name())
-            };
-            let (out, shape) = op.kernel.forward(&op.split(&values[start..end]));
+            let name = op.kernel.name();
+            let arrays = arrays.iter().map(|(s, l)| read::<T>(name, s, l));
+            let arrays = arrays.collect::<Result<Vec<_>>>()?;
+            let (out, shape) = op.kernel.forward(&op.split(&arrays));
             Ok((T::to_cpu_storage_owned(out), Shape::from(shape)))
         }
-        match storage {
-            CpuStorage::F32(values) => run(self, values, layout),
-            CpuStorage::F64(values) => run(self, values, layout),
+        match arrays[0].0 {
+            CpuStorage::F32(_) => run::<K, f32>(self, arrays),
+            CpuStorage::F64(_) => run::<K, f64>(self, arrays),
             other => bail!(
                 "{}: found {:?}, expected f32 or f64",
                 self.kernel.name(),
@@ -173,11 +203,126 @@ impl<K: Kernel> CustomOp1 for Op<K> {
         }
     }
 
+    fn pull_back<T: Real>(
+        &self,
+        args: &[&Tensor],
+        res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let name = self.kernel.name();
+        let grad = grad.contiguous()?;
+        let tensors: Vec<&Tensor> = args.iter().copied().chain([res, &grad]).collect();
+        let held: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
+        let mut arrays = Vec::with_capacity(held.len());
+        for (storage, layout) in &held {
+            match &**storage {
+                Storage::Cpu(storage) => arrays.push(read::<T>(name, storage, layout)?),
+                _ => bail!("{name}: a tensor is not on the CPU"),
+            }
+        }
+        let (inputs, ends) = arrays.split_at(args.len());
+        let parts = self.kernel.backward(&self.split(inputs), ends[0], ends[1]);
+        let mut parts = parts;
+        args.iter()
+            .enumerate()
+            .map(|(at, arg)| {
+                let mut own = std::mem::take(&mut parts[self.order[at]]);
+                if at == 2 {
+                    for &index in &self.order[3..] {
+                        own.extend_from_slice(&parts[index]);
+                    }
+                }
+                // Constants need no gradient.
+                match arg.track_op() {
+                    true => Tensor::from_vec(own, arg.shape(), arg.device()).map(Some),
+                    false => Ok(None),
+                }
+            })
+            .collect()
+    }
+
+    fn gradients(
+        &self,
+        args: &[&Tensor],
+        res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Vec<Option<Tensor>>> {
+        match args[0].dtype() {
+            DType::F64 => self.pull_back::<f64>(args, res, grad),
+            _ => self.pull_back::<f32>(args, res, grad),
+        }
+    }
+}
+
+impl<K: Kernel> CustomOp1 for Op<K> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.forward(&[(s, l)])
+    }
+
     fn bwd(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(match arg.dtype() {
-            candle_core::DType::F64 => self.pull_back::<f64>(arg, res, grad)?,
-            _ => self.pull_back::<f32>(arg, res, grad)?,
-        }))
+        Ok(self.gradients(&[arg], res, grad)?.remove(0))
+    }
+}
+
+impl<K: Kernel> CustomOp2 for Op<K> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward(&[(s1, l1), (s2, l2)])
+    }
+
+    fn bwd(
+        &self,
+        arg1: &Tensor,
+        arg2: &Tensor,
+        res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut parts = self.gradients(&[arg1, arg2], res, grad)?.into_iter();
+        Ok((parts.next().flatten(), parts.next().flatten()))
+    }
+}
+
+impl<K: Kernel> CustomOp3 for Op<K> {
+    fn name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward(&[(s1, l1), (s2, l2), (s3, l3)])
+    }
+
+    fn bwd(
+        &self,
+        arg1: &Tensor,
+        arg2: &Tensor,
+        arg3: &Tensor,
+        res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut parts = self.gradients(&[arg1, arg2, arg3], res, grad)?.into_iter();
+        let mut next = || parts.next().flatten();
+        Ok((next(), next(), next()))
     }
 }
 

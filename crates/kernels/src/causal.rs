@@ -266,15 +266,11 @@ pub fn naive(
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
-    use candle_core::Device;
+    use crate::harness;
     use proptest::prelude::*;
 
     fn tensor(shape: &[usize], salt: usize) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| ((i * 7919 + salt * 104_729) % 1009) as f64 / 504.5 - 1.0)
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+        harness::tensor(shape, salt, -1.0, 1.0)
     }
 
     fn flat(x: &Tensor) -> Vec<f64> {

@@ -201,3 +201,29 @@ pub fn pin_current_thread(cpu: usize) {
     #[cfg(not(target_os = "linux"))]
     let _ = cpu;
 }
+/// Gives the tensor library's own pools so many threads, where the environment says nothing (`CANDLE_NUM_THREADS`,
+/// `RAYON_NUM_THREADS`). By itself it takes the machine's cores, also those that this process may not use, and its threads
+/// spin for each other: a process bound to one core then spends most of its time waiting.
+///
+/// # Safety
+/// Call before there is a second thread: the environment is changed.
+pub unsafe fn bound_tensor_pools(threads: usize) {
+    for name in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
+        if std::env::var_os(name).is_none() {
+            std::env::set_var(name, threads.max(1).to_string());
+        }
+    }
+}
+
+/// Lets the allocator keep what is freed instead of giving it back to the system: a training step asks for the same sizes
+/// again and again, and fresh pages cost more than the arithmetic of a small model.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: plain settings of the C library's allocator.
+    unsafe {
+        // The largest threshold that is taken: half of what a thread's arena may grow by.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}

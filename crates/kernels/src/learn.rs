@@ -193,6 +193,102 @@ impl Kernel for RmsNorm {
     }
 }
 
+/// Softmax over the last axis; -inf gets 0. On the CPU, in f32 or f64.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    let width = x.dims().last().copied().unwrap_or(0);
+    if width == 0 {
+        bail!(
+            "softmax: found {:?}, expected values on the last axis",
+            x.dims()
+        );
+    }
+    let op = Softmax {
+        level: Level::current(),
+        width,
+        shape: x.dims().to_vec(),
+    };
+    apply(op, &[x])
+}
+
+/// The naive twin of [`softmax`], of candle operations, for any device and type.
+pub fn softmax_naive(x: &Tensor) -> Result<Tensor> {
+    let top = x.max_keepdim(candle_core::D::Minus1)?.detach();
+    let weights = x.broadcast_sub(&top)?.exp()?;
+    weights.broadcast_div(&weights.sum_keepdim(candle_core::D::Minus1)?)
+}
+
+struct Softmax {
+    level: Level,
+    width: usize,
+    shape: Vec<usize>,
+}
+
+levels!(softmax_rows / softmax_body / softmax_wide / softmax_middle (x: &[T], width: usize, out: &mut [T]));
+levels!(softmax_back / softmax_back_body / softmax_back_wide / softmax_back_middle (
+    y: &[T], width: usize, gradient: &[T], out: &mut [T]
+));
+
+#[inline(always)]
+fn softmax_body<T: Real>(x: &[T], width: usize, out: &mut [T]) {
+    // Below this e^x is 0 in f32.
+    let least = T::of(-103.0);
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        let top = x
+            .iter()
+            .fold(T::neg_infinity(), |m, &x| if x > m { x } else { m });
+        for (out, &x) in out.iter_mut().zip(x) {
+            let far = x - top;
+            let e = far.exp_fast();
+            *out = if far < least { T::zero() } else { e };
+        }
+        let scale = T::one() / dot(out.iter().copied());
+        out.iter_mut().for_each(|out| *out *= scale);
+    }
+}
+
+#[inline(always)]
+fn softmax_back_body<T: Real>(y: &[T], width: usize, gradient: &[T], out: &mut [T]) {
+    let rows = y.chunks_exact(width).zip(gradient.chunks_exact(width));
+    for ((y, gradient), out) in rows.zip(out.chunks_exact_mut(width)) {
+        let mean = sum_products(y, gradient);
+        for ((out, &y), &g) in out.iter_mut().zip(y).zip(gradient) {
+            *out = y * (g - mean);
+        }
+    }
+}
+
+impl Kernel for Softmax {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let (x, width) = (inputs[0], self.width);
+        let mut out = vec![T::zero(); x.len()];
+        let shared = SharedMut::new(&mut out);
+        split_rows(x.len() / width, width, |first, rows| {
+            let range = first * width..(first + rows) * width;
+            // SAFETY: pieces are disjoint row ranges.
+            let out = unsafe { shared.slice(range.start, range.len()) };
+            softmax_rows(self.level, &x[range], width, out);
+        });
+        (out, self.shape.clone())
+    }
+
+    fn backward<T: Real>(&self, _: &[&[T]], y: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        let width = self.width;
+        let mut out = vec![T::zero(); y.len()];
+        let shared = SharedMut::new(&mut out);
+        split_rows(y.len() / width, width, |first, rows| {
+            let range = first * width..(first + rows) * width;
+            // SAFETY: as above.
+            let out = unsafe { shared.slice(range.start, range.len()) };
+            softmax_back(self.level, &y[range.clone()], width, &gradient[range], out);
+        });
+        vec![out]
+    }
+}
+
 /// silu(gate) times up, or silu alone: `up` of the same shape, or none.
 pub fn silu_gate(gate: &Tensor, up: Option<&Tensor>) -> Result<Tensor> {
     if let Some(up) = up
@@ -466,6 +562,7 @@ impl Kernel for Depthwise {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
+    use crate::harness;
     use candle_core::Device;
 
     fn tensor(shape: &[usize], salt: usize) -> Tensor {
@@ -496,6 +593,37 @@ mod tests {
         assert!(error < 1e-6, "silu {error}");
         assert!(rms_norm(&x, &tensor(&[18], 1), 1e-5).is_err());
         assert!(silu_gate(&x, Some(&w)).is_err());
+    }
+
+    #[test]
+    fn softmax_is_its_naive_form_at_every_level_and_masks_get_nothing() {
+        let x = (tensor(&[3, 4, 21], 1) * 20.0).unwrap();
+        let error = gradient_error(&[tensor(&[2, 3, 5], 2)], 1e-6, &|t| softmax(&t[0])).unwrap();
+        assert!(error < 1e-7, "{error}");
+        let mask: Vec<f64> = (0..21)
+            .map(|j| if j % 4 == 1 { f64::NEG_INFINITY } else { 0.0 })
+            .collect();
+        let x = x
+            .broadcast_add(&Tensor::new(mask, &Device::Cpu).unwrap())
+            .unwrap();
+        let wanted = harness::flat(&softmax_naive(&x).unwrap());
+        assert!(harness::distance(&softmax(&x).unwrap(), &softmax_naive(&x).unwrap()) < 1e-14);
+        let narrow: Vec<f32> = harness::flat(&x).iter().map(|&x| x as f32).collect();
+        for level in Level::available() {
+            let op = Softmax {
+                level,
+                width: 21,
+                shape: vec![12, 21],
+            };
+            let (found, _) = op.forward(&[&narrow]);
+            for (j, (&found, wanted)) in found.iter().zip(&wanted).enumerate() {
+                assert!(
+                    (f64::from(found) - wanted).abs() < 1e-5 * wanted + 1e-12,
+                    "{level:?}"
+                );
+                assert!(j % 21 % 4 != 1 || found == 0.0);
+            }
+        }
     }
 
     #[test]

@@ -14,7 +14,10 @@ pub mod cpu;
 pub mod dense;
 pub mod elementwise;
 pub mod fftconv;
+#[cfg(test)]
+mod harness;
 pub mod learn;
+pub mod linear;
 pub mod matmul;
 pub mod measure;
 pub mod modal;

@@ -7,6 +7,7 @@
 
 use crate::elementwise::{self, Gate};
 use crate::learn;
+use crate::linear;
 use crate::matmul::{Epilogue, PackedMatrix};
 use candle_core::{CpuStorage, D, Device, Result, Storage, Tensor, bail};
 use std::cell::RefCell;
@@ -72,11 +73,12 @@ impl Linear {
 
 fn dense(parts: &[DensePart], x: &Tensor) -> Result<Vec<Tensor>> {
     let outputs = parts.iter().map(|part| {
-        let y = x.matmul(&part.weight.t()?)?;
-        match &part.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
+        let (weight, bias) = (&part.weight, part.bias.as_ref());
+        let same = |t: &Tensor| t.dtype() == x.dtype();
+        if x.track_op() && learn::fits(x) && same(weight) && bias.is_none_or(same) {
+            return linear::linear(x, weight, bias);
         }
+        linear::linear_naive(x, weight, bias)
     });
     outputs.collect()
 }

@@ -52,6 +52,7 @@ static GLOBAL: OnceLock<Pool> = OnceLock::new();
 
 thread_local! {
     static INSIDE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    static ALONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 impl Pool {
@@ -111,7 +112,25 @@ impl Pool {
 
     /// Threads that take part in a job, the caller among them.
     pub fn threads(&self) -> usize {
-        self.threads
+        if ALONE.get() { 1 } else { self.threads }
+    }
+
+    /// Runs `work` with every kernel that it calls on the calling thread alone: for many small models side by side, each on
+    /// a thread of its own.
+    pub fn alone<R>(work: impl FnOnce() -> R) -> R {
+        struct Back(bool);
+        impl Drop for Back {
+            fn drop(&mut self) {
+                ALONE.set(self.0);
+            }
+        }
+        let _back = Back(ALONE.replace(true));
+        work()
+    }
+
+    /// Whether kernels called here stay on this thread, by [`alone`](Self::alone).
+    pub fn is_alone() -> bool {
+        ALONE.get()
     }
 
     /// Ties the calling thread to the CPU that no worker uses. Call once on the thread that
@@ -125,8 +144,8 @@ impl Pool {
     /// Runs `task(worker)` once for each worker `0..threads()` and returns when all are done.
     /// Called from inside a job it runs all workers' shares one after another.
     pub fn broadcast(&self, task: &(dyn Fn(usize) + Sync)) {
-        if self.threads == 1 || INSIDE.get() {
-            (0..self.threads).for_each(task);
+        if self.threads == 1 || INSIDE.get() || ALONE.get() {
+            (0..self.threads()).for_each(task);
             return;
         }
         let _one_caller = self
@@ -170,7 +189,7 @@ impl Pool {
 
     /// Runs `task(index)` for `0..count`, handing indices out one at a time.
     pub fn for_each(&self, count: usize, task: impl Fn(usize) + Sync) {
-        if count <= 1 || self.threads == 1 {
+        if count <= 1 || self.threads() == 1 {
             (0..count).for_each(task);
             return;
         }
@@ -286,6 +305,26 @@ impl<T> SharedMut<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn alone_every_job_stays_on_its_thread() {
+        let pool = Pool::global();
+        let here = std::thread::current().id();
+        Pool::alone(|| {
+            assert!(Pool::is_alone() && pool.threads() == 1);
+            let ran = AtomicUsize::new(0);
+            pool.for_each(50, |_| {
+                assert_eq!(std::thread::current().id(), here);
+                ran.fetch_add(1, Ordering::Relaxed);
+            });
+            pool.broadcast(&|worker| {
+                assert_eq!(worker, 0);
+                ran.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(ran.load(Ordering::Relaxed), 51);
+        });
+        assert!(!Pool::is_alone());
+    }
 
     #[test]
     fn every_index_runs_once_and_nested_jobs_finish() {

@@ -541,15 +541,8 @@ impl Kernel for Dplr {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
+    use crate::harness::tensor;
     use candle_core::Device;
-
-    fn tensor(shape: &[usize], salt: usize, low: f64, high: f64) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| low + (high - low) * (((i * 7919 + salt * 104_729) % 1009) as f64 / 1009.0))
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
 
     /// A, with negative real and imaginary parts.
     fn poles(channels: usize, n: usize) -> Tensor {

@@ -403,16 +403,8 @@ impl Kernel for Op {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
-    use candle_core::Device;
+    use crate::harness::{distance, tensor};
     use proptest::prelude::*;
-
-    fn tensor(shape: &[usize], salt: usize, low: f64, high: f64) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| low + (high - low) * (((i * 7919 + salt * 104_729) % 1009) as f64 / 1009.0))
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
 
     fn inputs(batch: usize, length: usize, channels: usize, n: usize, salt: usize) -> Vec<Tensor> {
         vec![
@@ -434,16 +426,6 @@ mod tests {
             c: &t[4],
             state: t.get(5),
         }
-    }
-
-    fn distance(a: &Tensor, b: &Tensor) -> f64 {
-        let d = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
-        d.to_dtype(DType::F64)
-            .unwrap()
-            .max_all()
-            .unwrap()
-            .to_scalar()
-            .unwrap()
     }
 
     proptest! {

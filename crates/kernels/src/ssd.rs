@@ -225,16 +225,8 @@ impl Scan<'_> {
 mod tests {
     use super::*;
     use crate::autograd::{Kernel, gradient_error};
-    use candle_core::Device;
+    use crate::harness::{distance, tensor};
     use proptest::prelude::*;
-
-    fn tensor(shape: &[usize], salt: usize, low: f64, high: f64) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| low + (high - low) * (((i * 7919 + salt * 104_729) % 1009) as f64 / 1009.0))
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
 
     fn inputs(batch: usize, length: usize, groups: usize, salt: usize) -> Vec<Tensor> {
         let (heads, p, n) = (2 * groups, 3, 4);
@@ -257,11 +249,6 @@ mod tests {
             c: &t[4],
             state: t.get(5),
         }
-    }
-
-    fn distance(a: &Tensor, b: &Tensor) -> f64 {
-        let d = (a - b).unwrap().abs().unwrap().max_all().unwrap();
-        d.to_scalar().unwrap()
     }
 
     proptest! {

@@ -181,15 +181,7 @@ pub fn window_state(state: &RepairState, a: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
-
-    fn tensor(shape: &[usize], salt: usize, low: f64, high: f64) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| low + (high - low) * (((i * 7919 + salt * 104_729) % 1009) as f64 / 1009.0))
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
+    use crate::harness::{largest, tensor};
 
     fn inputs(length: usize, dt: f64) -> Vec<Tensor> {
         vec![
@@ -215,17 +207,6 @@ mod tests {
     fn part(t: &[Tensor], from: usize, count: usize) -> Vec<Tensor> {
         let cut = |t: &Tensor| t.narrow(1, from, count).unwrap().contiguous().unwrap();
         vec![cut(&t[0]), cut(&t[1]), t[2].clone(), cut(&t[3]), cut(&t[4])]
-    }
-
-    fn largest(x: &Tensor) -> f64 {
-        x.abs()
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .max_all()
-            .unwrap()
-            .to_scalar()
-            .unwrap()
     }
 
     #[test]
@@ -298,13 +279,8 @@ mod tests {
         let own = part(&t, 20_000 - window, window);
         let (_, expected) = scan(&own).naive().unwrap();
         let found = window_state(&state, &t[2]).unwrap();
-        let scale = largest(&expected.to_dtype(candle_core::DType::F64).unwrap());
-        let error = largest(
-            &(found - expected)
-                .unwrap()
-                .to_dtype(candle_core::DType::F64)
-                .unwrap(),
-        );
+        let scale = largest(&expected);
+        let error = largest(&(found - expected).unwrap());
         assert!(error < 1e-3 * scale, "{error} of {scale}");
     }
 }

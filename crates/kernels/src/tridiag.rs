@@ -220,27 +220,8 @@ impl Kernel for Solve {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
-    use candle_core::Device;
+    use crate::harness::{largest, tensor};
     use proptest::prelude::*;
-
-    fn tensor(shape: &[usize], salt: usize, low: f64, high: f64) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| low + (high - low) * (((i * 7919 + salt * 104_729) % 1009) as f64 / 1009.0))
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
-
-    fn largest(x: &Tensor) -> f64 {
-        x.abs()
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .max_all()
-            .unwrap()
-            .to_scalar()
-            .unwrap()
-    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]

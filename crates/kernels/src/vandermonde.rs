@@ -420,15 +420,7 @@ impl Kernel for Vandermonde {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
-    use candle_core::Device;
-
-    fn tensor(shape: &[usize], salt: usize, low: f64, high: f64) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| low + (high - low) * (((i * 7919 + salt * 104_729) % 1009) as f64 / 1009.0))
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
+    use crate::harness::tensor;
 
     #[test]
     fn products_are_those_of_their_definitions() {

@@ -482,26 +482,12 @@ impl Kernel for Attention {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
+    use crate::harness::{self, largest};
     use candle_core::Device;
     use proptest::prelude::*;
 
     fn tensor(shape: &[usize], salt: usize) -> Tensor {
-        let count: usize = shape.iter().product();
-        let values: Vec<f64> = (0..count)
-            .map(|i| ((i * 7919 + salt * 104_729) % 1009) as f64 / 504.5 - 1.0)
-            .collect();
-        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-    }
-
-    fn largest(x: &Tensor) -> f64 {
-        x.abs()
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .max_all()
-            .unwrap()
-            .to_scalar()
-            .unwrap()
+        harness::tensor(shape, salt, -1.0, 1.0)
     }
 
     /// q, v, bias, codebook; codes of random keys, and the keys' codes as rows.

@@ -154,6 +154,7 @@ fn operation(args: &TrainBench, f: &dyn Fn() -> candle_core::Result<Tensor>) -> 
 
 /// Runs the bench.
 pub fn run(args: &TrainBench, common: &Common) -> Result<()> {
+    longspan_kernels::cpu::keep_freed_memory();
     let tokens = args.documents * args.length;
     for what in &args.what {
         let (parameters, seconds, size) = match what.as_str() {

@@ -97,7 +97,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Data(it) => data::data(&it.args, &above.with(&it.options)?),
         Command::Train(it) => train::train(&it.args, &above.with(&it.options)?),
         Command::Runs { what } => train::runs(&what, &above.plain()),
-        Command::Reproduce(it) => train::reproduce(&it.args, &above.with(&it.options)?),
+        Command::Reproduce(it) => {
+            let one_each = |common: &options::Common| it.args.jobs(common) > 1;
+            train::reproduce(&it.args, &above.with_jobs(&it.options, one_each)?)
+        }
         Command::Papers { number } => papers::print(number, cli.json),
         Command::Completions { .. } if cli.json => {
             anyhow::bail!("completions: --json is not for scripts of a shell")

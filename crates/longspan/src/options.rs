@@ -70,6 +70,15 @@ impl Above {
 
     /// What a command sees that reads these. The number of threads is set here.
     pub fn with(&self, options: &impl Options) -> Result<Common> {
+        self.with_jobs(options, |_| false)
+    }
+
+    /// The same for a command that may run jobs side by side, with one thread of the tensor library each.
+    pub fn with_jobs(
+        &self,
+        options: &impl Options,
+        one_each: impl Fn(&Common) -> bool,
+    ) -> Result<Common> {
         let mut common = self.plain();
         options.over(&mut common);
         if let Some(threads) = common.threads {
@@ -78,6 +87,13 @@ impl Above {
             }
             longspan_kernels::pool::Pool::request_threads(threads);
         }
+        let cores = || longspan_kernels::cpu::allowed_cpus().len();
+        let threads = match one_each(&common) {
+            true => 1,
+            false => common.threads.unwrap_or_else(cores),
+        };
+        // SAFETY: commands read their options before they start a thread.
+        unsafe { longspan_kernels::cpu::bound_tensor_pools(threads) };
         Ok(common)
     }
 }

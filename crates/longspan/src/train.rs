@@ -66,6 +66,18 @@ pub struct Reproduce {
     /// Optimiser steps instead of the recipe's number: for a quick look, not for the claim
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
+    /// Trainings that run side by side, each on one thread; default one for each thread of `--threads`. Finished ones are
+    /// kept in the folder of `--out`, and the same command goes on with what is missing
+    #[arg(long, value_name = "N")]
+    pub jobs: Option<usize>,
+}
+
+impl Reproduce {
+    /// Trainings side by side.
+    pub fn jobs(&self, common: &Common) -> usize {
+        let cores = || longspan_kernels::cpu::allowed_cpus().len();
+        self.jobs.or(common.threads).unwrap_or_else(cores).max(1)
+    }
 }
 
 /// The processes that `mpirun` started with this one.
@@ -88,6 +100,7 @@ fn processes() -> Result<Arc<dyn Comm>> {
 
 /// Trains, or goes on training.
 pub fn train(args: &Train, common: &Common) -> Result<()> {
+    longspan_kernels::cpu::keep_freed_memory();
     let text = std::fs::read_to_string(&args.config)
         .with_context(|| format!("cannot read {}", args.config.display()))?;
     let config = TrainConfig::parse(&text, &args.config)?;
@@ -261,26 +274,18 @@ fn show(path: &Path, common: &Common, long: bool) -> Result<()> {
 
 /// Runs a recipe and says whether the claim held.
 pub fn reproduce(args: &Reproduce, common: &Common) -> Result<()> {
+    longspan_kernels::cpu::keep_freed_memory();
     let mut recipe = reproduce::recipe(&args.paper)?;
     if let Some(seeds) = args.seeds {
         recipe.seeds = seeds;
     }
     if let Some(steps) = args.steps {
-        match &mut recipe.experiment {
-            reproduce::Experiment::Signals(signals) => signals.steps = steps,
-            reproduce::Experiment::Length(length) => length.steps = steps,
-            reproduce::Experiment::Pointing(pointing) => pointing.set_steps(steps),
-            reproduce::Experiment::Orders(orders) => orders.set_steps(steps),
-            reproduce::Experiment::Hinting(hinting) => hinting.set_steps(steps),
-            reproduce::Experiment::Waves(waves) => waves.steps = steps,
-            reproduce::Experiment::Family(family) => family.set_steps(steps),
-            reproduce::Experiment::Collapse(collapse) => collapse.set_steps(steps),
-        }
+        recipe.experiment.set_steps(steps);
     }
     let bar = ui::bar(1000, "thousandths", common.json);
     let start = Instant::now();
     let kept = args.out.join(format!("{}.cells.json", recipe.paper));
-    let mut cells = reproduce::Cells::open(&kept, &recipe)?;
+    let mut cells = reproduce::Cells::open(&kept)?.jobs(args.jobs(common));
     let report = reproduce::run_kept(&recipe, &mut cells, &mut |what, share| {
         bar.set_position((1000.0 * share) as u64);
         bar.set_message(what.to_string());

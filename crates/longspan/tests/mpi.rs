@@ -1,62 +1,45 @@
 //! Training by several processes: 2 and 4 processes of `mpirun` give the bits of one, also after an interruption.
 #![cfg(feature = "mpi")]
 
-use std::path::Path;
-use std::process::Command;
+mod training;
 
-const CONFIG: &str = r#"
-seed = 3
-save_every = 4
-[model]
-kind = "stack"
-d_model = 16
-layers = 2
-mixer = { kind = "mamba2", head_dim = 8, state_size = 4, chunk_size = 8 }
-[data]
-kind = "task"
-task = { task = "copy", variant = "cmc", symbols = 5 }
-lengths = [1, 6]
-examples = 2
-[optim]
-name = "adamw"
-lr = 3e-3
-[train]
-steps = STEPS
-micro_batches = 5
-ranks = RANKS
-"#;
+use std::path::Path;
+use training::{command, config, text};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_longspan");
+/// Of `mpirun`, whose machine may have fewer cores than a test has processes.
+const ANYWHERE: [&str; 3] = ["--allow-run-as-root", "--oversubscribe", "-n"];
+
+fn write(folder: &Path, run: &str, steps: usize, ranks: usize) {
+    let train = format!("steps = {steps}\nmicro_batches = 5\nranks = {ranks}");
+    let config = config(4, 2, &train, "");
+    std::fs::write(folder.join(format!("{run}.toml")), config).unwrap();
+}
 
 fn train(folder: &Path, run: &str, processes: usize, ranks: usize, steps: usize) {
-    let config = CONFIG
-        .replace("STEPS", &steps.to_string())
-        .replace("RANKS", &ranks.to_string());
-    std::fs::write(folder.join(format!("{run}.toml")), config).unwrap();
-    let program = env!("CARGO_BIN_EXE_longspan");
-    let words = [
+    write(folder, run, steps, ranks);
+    let mut command = match processes {
+        0 => command(PROGRAM, folder),
+        _ => {
+            let mut command = command("mpirun", folder);
+            command
+                .args(ANYWHERE)
+                .args([&processes.to_string(), PROGRAM]);
+            command
+        }
+    };
+    command.args([
         "train",
         &format!("{run}.toml"),
         "--out",
         run,
         "--threads",
         "1",
-    ];
-    let mut command = Command::new(if processes == 0 { program } else { "mpirun" });
-    if processes > 0 {
-        let count = processes.to_string();
-        command.args([
-            "--allow-run-as-root",
-            "--oversubscribe",
-            "-n",
-            &count,
-            program,
-        ]);
-    }
-    command.args(words).current_dir(folder);
-    command.env("LONGSPAN_CONFIG", "/nonexistent/longspan.toml");
+    ]);
     let output = command
         .output()
         .expect("mpirun starts; Debian: openmpi-bin");
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let error = text(&output.stderr);
     assert!(output.status.success(), "{processes} processes: {error}");
 }
 
@@ -91,19 +74,13 @@ fn two_and_four_processes_are_one() {
 #[test]
 fn a_failing_process_ends_all() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(
-        folder.path().join("bad.toml"),
-        CONFIG.replace("STEPS", "10").replace("RANKS", "9"),
-    )
-    .unwrap();
-    let output = Command::new("mpirun")
-        .args(["--allow-run-as-root", "--oversubscribe", "-n", "2"])
-        .arg(env!("CARGO_BIN_EXE_longspan"))
-        .args(["train", "bad.toml"])
-        .current_dir(folder.path())
+    write(folder.path(), "bad", 10, 9);
+    let output = command("mpirun", folder.path())
+        .args(ANYWHERE)
+        .args(["2", PROGRAM, "train", "bad.toml"])
         .output()
         .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let error = text(&output.stderr);
     assert!(
         !output.status.success() && error.contains("ranks"),
         "{error}"

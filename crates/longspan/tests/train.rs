@@ -1,48 +1,29 @@
 //! Training as its users meet it: a run that is killed at any moment goes on as if nothing had happened.
 
+mod training;
+
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use training::{config, text};
 
-const CONFIG: &str = r#"
-seed = 3
-save_every = 3
-[model]
-kind = "stack"
-d_model = 16
-layers = 2
-mlp_ratio = 2.0
-mixer = { kind = "mamba2", head_dim = 8, state_size = 4, chunk_size = 8 }
-[data]
-kind = "task"
-task = { task = "copy", variant = "cmc", symbols = 5 }
-lengths = [1, 6]
-examples = 4
-[optim]
-name = "adamw"
-lr = 3e-3
-[train]
-steps = 40
-micro_batches = 2
-ranks = 2
-[eval]
-every = 20
-lengths = [3]
-examples = 4
-"#;
+/// Forty steps by two ranks, with a look at the middle.
+fn copying() -> String {
+    config(
+        3,
+        4,
+        "steps = 40\nmicro_batches = 2\nranks = 2",
+        "[eval]\nevery = 20\nlengths = [3]\nexamples = 4",
+    )
+}
 
 fn longspan(folder: &Path, words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_longspan"));
-    command.args(words).current_dir(folder).stdin(Stdio::null());
-    command.env("LONGSPAN_CONFIG", "/nonexistent/longspan.toml");
+    let mut command = training::command(env!("CARGO_BIN_EXE_longspan"), folder);
+    command.args(words);
     command
 }
 
 fn run(folder: &Path, words: &[&str]) -> Output {
     longspan(folder, words).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// (step, loss as written) of all step events.
@@ -60,7 +41,7 @@ fn losses(run: &Path) -> Vec<(u64, String)> {
 fn a_killed_run_goes_on_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path();
-    std::fs::write(at.join("copy.toml"), CONFIG).unwrap();
+    std::fs::write(at.join("copy.toml"), copying()).unwrap();
     let whole = run(at, &["train", "copy.toml", "--out", "whole"]);
     assert!(whole.status.success(), "{}", text(&whole.stderr));
     assert!(
@@ -132,7 +113,7 @@ fn what_is_wrong_is_named() {
         ("symbols = 5", "symbol = 5", "symbol"),
         ("kind = \"mamba2\"", "kind = \"mamba3\"", "mamba3"),
     ] {
-        std::fs::write(at.join("wrong.toml"), CONFIG.replace(from, to)).unwrap();
+        std::fs::write(at.join("wrong.toml"), copying().replace(from, to)).unwrap();
         let output = run(at, &["train", "wrong.toml", "--out", "wrong"]);
         assert_eq!(output.status.code(), Some(1), "{to}");
         let error = text(&output.stderr);

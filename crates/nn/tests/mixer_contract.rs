@@ -230,15 +230,14 @@ fn gradients_flow_into_a_carried_state_or_the_spec_says_why_not() {
         let (y, _) = mixer.forward(&input(1, 4, 7), Some(&state)).unwrap();
         let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let gradient = gradients.get(x.as_tensor()).expect(name);
-        let size = gradient
-            .abs()
-            .unwrap()
-            .sum_all()
-            .unwrap()
-            .to_scalar::<f32>()
-            .unwrap();
-        // Small where the first time steps are: only whether it flows is asked.
-        assert!(size > 1e-8, "{name}: {size}");
+        let size = |t: &Tensor| -> f32 {
+            let sum = t.abs().unwrap().sum_all().unwrap();
+            sum.to_scalar().unwrap()
+        };
+        // The loss's gradient at the output is 2 y; what comes back through the state is small against it where the first
+        // time steps are, but not lost in its rounding.
+        let share = size(gradient) / (2.0 * size(&y));
+        assert!(share > 1e-5, "{name}: {share}");
         // Detached, it is cut.
         let (y, _) = mixer
             .forward(&input(1, 4, 7), Some(&state.detach()))

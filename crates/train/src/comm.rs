@@ -45,13 +45,27 @@ impl Comm for Alone {
     }
 }
 
-/// What one micro-batch gave: its loss, and the gradients of all parameters, some of which may have none.
-pub(crate) type Part = (f64, Vec<Option<Tensor>>);
+/// What one micro-batch gave.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// Its loss.
+    pub loss: f64,
+    /// Gradients of all parameters, some of which may have none.
+    pub gradients: Vec<Option<Tensor>>,
+    /// What the objective noted.
+    pub notes: Vec<Vec<f64>>,
+}
 
-/// A part as bytes: loss, then for each parameter a mark and its values (f32, or f64 for f64).
+/// A part as bytes: loss, notes by block (their number, then each as a count and values), then for each parameter a mark and
+/// its values (f32, or f64 for f64).
 pub(crate) fn pack(part: &Part) -> candle_core::Result<Vec<u8>> {
-    let mut out = part.0.to_le_bytes().to_vec();
-    for gradient in &part.1 {
+    let mut out = part.loss.to_le_bytes().to_vec();
+    out.extend((part.notes.len() as u64).to_le_bytes());
+    for notes in &part.notes {
+        out.extend((notes.len() as u64).to_le_bytes());
+        out.extend(notes.iter().flat_map(|note| note.to_le_bytes()));
+    }
+    for gradient in &part.gradients {
         let Some(gradient) = gradient else {
             out.push(0);
             continue;
@@ -86,7 +100,14 @@ pub(crate) fn unpack(bytes: &[u8], like: &[Tensor]) -> candle_core::Result<Part>
         rest = tail;
         Ok(head)
     };
-    let loss = f64::from_le_bytes(take(8)?.try_into().unwrap_or_default());
+    let f64_of = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    let loss = f64_of(take(8)?);
+    let count = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    let mut notes = Vec::new();
+    for _ in 0..count(take(8)?) {
+        let length = count(take(8)?).min(usize::MAX as u64 / 8) as usize;
+        notes.push(take(8 * length)?.chunks_exact(8).map(f64_of).collect());
+    }
     let mut gradients = Vec::with_capacity(like.len());
     for param in like {
         if take(1)? == [0] {
@@ -97,9 +118,7 @@ pub(crate) fn unpack(bytes: &[u8], like: &[Tensor]) -> candle_core::Result<Part>
         let tensor = match param.dtype() {
             DType::F64 => {
                 let values = take(8 * count)?.chunks_exact(8);
-                let values: Vec<f64> = values
-                    .map(|b| f64::from_le_bytes(b.try_into().unwrap_or_default()))
-                    .collect();
+                let values: Vec<f64> = values.map(f64_of).collect();
                 Tensor::from_vec(values, param.shape(), &Device::Cpu)?
             }
             dtype => {
@@ -112,7 +131,11 @@ pub(crate) fn unpack(bytes: &[u8], like: &[Tensor]) -> candle_core::Result<Part>
         };
         gradients.push(Some(tensor.to_device(param.device())?));
     }
-    Ok((loss, gradients))
+    Ok(Part {
+        loss,
+        gradients,
+        notes,
+    })
 }
 
 #[cfg(test)]
@@ -124,17 +147,24 @@ mod tests {
         let a = Tensor::new(&[[1.1f32, f32::NAN], [-0.0, 3e-40]], &Device::Cpu).unwrap();
         let b = Tensor::new(&[0.1f64, -1e300], &Device::Cpu).unwrap();
         let like = [a.clone(), b.clone(), a.clone()];
-        let bytes = pack(&(0.3, vec![Some(a.clone()), None, Some(a.clone())])).unwrap();
-        let (loss, parts) = unpack(&bytes, &like).unwrap();
-        assert_eq!(loss.to_bits(), 0.3f64.to_bits());
-        assert!(parts[1].is_none());
+        let part = |gradients| Part {
+            loss: 0.3,
+            gradients,
+            notes: vec![vec![0.1, -2.0], vec![]],
+        };
+        let bytes = pack(&part(vec![Some(a.clone()), None, Some(a.clone())])).unwrap();
+        let found = unpack(&bytes, &like).unwrap();
+        assert_eq!(found.loss.to_bits(), 0.3f64.to_bits());
+        assert_eq!(found.notes, [vec![0.1, -2.0], vec![]]);
+        assert!(found.gradients[1].is_none());
         let bits = |t: &Tensor| -> Vec<u32> {
             let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             values.iter().map(|v| v.to_bits()).collect()
         };
-        assert_eq!(bits(parts[2].as_ref().unwrap()), bits(&a));
-        let bytes = pack(&(0.0, vec![None, Some(b.clone()), None])).unwrap();
-        let found = unpack(&bytes, &like).unwrap().1.remove(1).unwrap();
+        assert_eq!(bits(found.gradients[2].as_ref().unwrap()), bits(&a));
+        let bytes = pack(&part(vec![None, Some(b.clone()), None])).unwrap();
+        let mut found = unpack(&bytes, &like).unwrap();
+        let found = found.gradients.remove(1).unwrap();
         assert_eq!(found.to_vec1::<f64>().unwrap(), b.to_vec1::<f64>().unwrap());
         let error = unpack(&bytes[..12], &like).unwrap_err().to_string();
         assert!(error.contains("12 bytes"), "{error}");

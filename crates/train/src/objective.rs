@@ -19,6 +19,15 @@ pub trait Objective: Send + Sync {
     fn tokens(&self, batch: &Self::Batch) -> usize;
     /// The weighted sum of losses times `scale`, and its gradients.
     fn gradients(&self, batch: &Self::Batch, scale: f64) -> Result<(f64, GradStore)>;
+    /// What [`gradients`](Self::gradients) noted on this thread for [`after_step`](Self::after_step), taken out.
+    fn take_notes(&self) -> Vec<Vec<f64>> {
+        Vec::new()
+    }
+    /// Adds the notes of a micro-batch; called in the order of micro-batches, whichever rank ran them.
+    fn add_notes(&self, notes: &[Vec<f64>]) -> Result<()> {
+        let _ = notes;
+        Ok(())
+    }
     /// What changes after an optimiser step other than by gradients.
     fn after_step(&self) -> Result<()> {
         Ok(())
@@ -125,6 +134,14 @@ impl LanguageModeling {
 
 impl Objective for LanguageModeling {
     type Batch = PackedBatch;
+
+    fn take_notes(&self) -> Vec<Vec<f64>> {
+        self.model.take_notes()
+    }
+
+    fn add_notes(&self, notes: &[Vec<f64>]) -> Result<()> {
+        Ok(self.model.add_notes(notes)?)
+    }
 
     fn after_step(&self) -> Result<()> {
         Ok(self.model.after_step()?)

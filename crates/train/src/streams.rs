@@ -182,6 +182,7 @@ mod tests {
             keys: 4,
             values: 4,
             change: 0.2,
+            horizon: None,
         });
         let training = StreamTraining {
             task: task.clone(),

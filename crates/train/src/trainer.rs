@@ -12,14 +12,41 @@ use crate::schedule::Schedule;
 use crate::source::Source;
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use longspan_kernels::pool::Pool;
 use longspan_nn::params::{Param, ParamStore};
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
 /// Graphs of long recurrences are walked recursively; threads that walk them need room.
 const STACK: usize = 1 << 30;
+
+thread_local! {
+    /// Whether this thread has that room.
+    static ROOMY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A thread with room for the walk through long graphs: trainers on it make no thread for each step.
+pub(crate) fn roomy<'scope, R: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() -> R + Send + 'scope,
+) -> std::io::Result<ScopedJoinHandle<'scope, R>> {
+    let alone = Pool::is_alone();
+    std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(STACK)
+        .spawn_scoped(scope, move || {
+            ROOMY.set(true);
+            match alone {
+                true => Pool::alone(work),
+                false => work(),
+            }
+        })
+}
 /// So many steps in a row without a finite loss end the run.
 const MOST_NOT_FINITE: usize = 5;
 
@@ -102,6 +129,9 @@ pub struct StepEvent {
     /// Estimated time left, seconds.
     pub seconds_left: f64,
 }
+
+/// Loss, gradients and notes of a micro-batch.
+type Made = (f64, GradStore, Vec<Vec<f64>>);
 
 /// Parameters, optimiser, data and loss of a run, and where it is.
 pub struct Trainer<S, O> {
@@ -237,12 +267,16 @@ where
             let mine = mine..(mine + threads).min(round.len());
             let mut made = Vec::new();
             for result in self.round(&round[mine.clone()], scale) {
-                let (loss, mut store) = result?;
+                let (loss, mut store, notes) = result?;
                 let gradients = trained.iter().map(|(_, param)| {
                     let gradient = store.remove(param.var.as_tensor());
                     gradient.map(|gradient| gradient.detach())
                 });
-                made.push((loss, gradients.collect::<Vec<_>>()));
+                made.push(Part {
+                    loss,
+                    gradients: gradients.collect(),
+                    notes,
+                });
             }
             let mut made = made.into_iter();
             for index in 0..round.len() {
@@ -251,12 +285,13 @@ where
                 } else {
                     None
                 };
-                let (part, gradients) = match own {
+                let part = match own {
                     Some(part) if self.comm.size() == 1 => part,
                     part => self.told(index / threads, part, &like)?,
                 };
-                loss += part;
-                for ((name, _), gradient) in trained.iter().zip(gradients) {
+                loss += part.loss;
+                self.objective.add_notes(&part.notes)?;
+                for ((name, _), gradient) in trained.iter().zip(part.gradients) {
                     let Some(gradient) = gradient else {
                         continue;
                     };
@@ -286,17 +321,21 @@ where
     }
 
     /// One micro-batch per rank, at the same time; results in the order of micro-batches.
-    fn round(&self, batches: &[O::Batch], scale: f64) -> Vec<Result<(f64, GradStore)>> {
+    fn round(&self, batches: &[O::Batch], scale: f64) -> Vec<Result<Made>> {
         let objective = &self.objective;
+        // Notes are those of the thread that made them.
+        let make = |batch| -> Result<Made> {
+            let (loss, store) = objective.gradients(batch, scale)?;
+            Ok((loss, store, objective.take_notes()))
+        };
+        if let ([batch], true) = (batches, ROOMY.get()) {
+            return vec![make(batch)];
+        }
+        let make = &make;
         std::thread::scope(|scope| {
             let ranks: Vec<_> = batches
                 .iter()
-                .map(|batch| {
-                    std::thread::Builder::new()
-                        .name("longspan-rank".into())
-                        .stack_size(STACK)
-                        .spawn_scoped(scope, move || objective.gradients(batch, scale))
-                })
+                .map(|batch| roomy(scope, "longspan-rank", move || make(batch)))
                 .collect();
             ranks
                 .into_iter()

@@ -7,7 +7,7 @@ mod golden;
 use candle_core::{DType, Device, Tensor};
 use golden::Case;
 use longspan_nn::config::ModelConfig;
-use longspan_nn::model::{Decoder, LanguageModel, new_decoder};
+use longspan_nn::model::{Decoder, LanguageModel, StackConfig, StackLm, new_decoder};
 use longspan_nn::params::{Init, ParamStore};
 use longspan_train::batch::PackedBatch;
 use longspan_train::error::Result;
@@ -294,6 +294,45 @@ fn bits(store: &ParamStore) -> Vec<(String, Vec<u32>)> {
         .collect();
     out.sort();
     out
+}
+
+#[test]
+fn codebooks_of_two_and_four_ranks_are_those_of_one() {
+    let stack = serde_json::json!({
+        "d_model": 8, "layers": 2, "norm": false, "residual": false,
+        "mixer": {"kind": "longvq", "key_dim": 4, "codes": 6, "block": 4, "ema_order": 2},
+    });
+    let stack: StackConfig = serde_json::from_value(stack).unwrap();
+    let run = |ranks| {
+        let store = Arc::new(ParamStore::new(3, DType::F32, &Device::Cpu));
+        let model = Arc::new(StackLm::new(&stack, 40, &store.root()).unwrap());
+        let objective = LanguageModeling::new(model, Recompute::Every(1), 16).unwrap();
+        let source = TextSource::new(texts(), 12, 24, 5).unwrap();
+        let config = LoopConfig {
+            steps: 4,
+            micro_batches: 4,
+            ranks,
+            ..LoopConfig::default()
+        };
+        let optimizer = Optimizer::new(OptimConfig::adamw(1e-2)).unwrap();
+        let start = bits(&store);
+        let mut trainer = Trainer::new(store, optimizer, source, objective, config).unwrap();
+        while trainer.step().unwrap().is_some() {}
+        let end = bits(&trainer.params);
+        for name in ["c_sum", "c_count"] {
+            let of = |list: &[(String, Vec<u32>)]| -> Vec<Vec<u32>> {
+                let kept = list.iter().filter(|(path, _)| path.ends_with(name));
+                kept.map(|(_, values)| values.clone()).collect()
+            };
+            assert_eq!(of(&end).len(), 2, "{name} of two layers");
+            assert!(of(&start) != of(&end), "{name} has moved");
+        }
+        end
+    };
+    let one = run(1);
+    for ranks in [2, 4] {
+        assert_eq!(run(ranks), one, "{ranks} ranks");
+    }
 }
 
 #[test]

@@ -166,6 +166,9 @@ pub struct Rewrite {
     pub values: usize,
     /// Chance that a pair brings a new value for its key.
     pub change: f64,
+    /// Values count as known where their key came within so many tokens before; none = however long ago. Loss at every
+    /// position is then of questions that a reader of so many tokens can answer.
+    pub horizon: Option<usize>,
 }
 
 impl Default for Rewrite {
@@ -174,6 +177,7 @@ impl Default for Rewrite {
             keys: 32,
             values: 16,
             change: 0.25,
+            horizon: None,
         }
     }
 }
@@ -184,19 +188,22 @@ impl Streams for Rewrite {
     }
 
     fn sample(&self, length: usize, random: &mut Random) -> Marked {
-        let mut held: Vec<Option<u32>> = vec![None; self.keys.max(1)];
+        // Value, and where it was written last.
+        let mut held: Vec<Option<(u32, usize)>> = vec![None; self.keys.max(1)];
         let values = FIRST + self.keys as u32;
         let mut out = Marked::default();
         while out.tokens.len() < length {
             let key = random.below(held.len() as u64) as usize;
             let changes = random.uniform() < self.change;
             out.push(FIRST + key as u32, false);
+            let at = out.tokens.len();
             let value = match held[key] {
-                Some(value) if !changes => value,
+                Some((value, _)) if !changes => value,
                 _ => values + random.below(self.values.max(1) as u64) as u32,
             };
-            let known = !changes && held[key].is_some();
-            held[key] = Some(value);
+            let near = |last: usize| self.horizon.is_none_or(|most| at - last <= most);
+            let known = !changes && held[key].is_some_and(|(_, last)| near(last));
+            held[key] = Some((value, at));
             out.push(value, known);
         }
         out
@@ -244,6 +251,29 @@ mod tests {
         assert_eq!(&row.tokens[101..], &data[..]);
         assert!(row.known[101..].iter().all(|&k| k) && !row.known[..101].iter().any(|&k| k));
         assert!(row.tokens.iter().all(|&t| (t as usize) < task.vocab_size()));
+    }
+
+    #[test]
+    fn a_horizon_only_unmarks_what_lies_further_back() {
+        let sample = |horizon: Option<usize>| {
+            let task = Rewrite {
+                horizon,
+                ..Rewrite::default()
+            };
+            task.sample(400, &mut Random::new(2, "test"))
+        };
+        let (all, near) = (sample(None), sample(Some(40)));
+        assert_eq!(all.tokens, near.tokens);
+        let (mut kept, mut dropped) = (0, 0);
+        for t in (1..400).step_by(2).filter(|&t| all.known[t]) {
+            let last = (0..t - 1)
+                .rev()
+                .find(|&s| all.tokens[s] == all.tokens[t - 1]);
+            let within = t - 1 - last.unwrap() <= 40;
+            assert_eq!(near.known[t], within);
+            *(if within { &mut kept } else { &mut dropped }) += 1;
+        }
+        assert!(kept > 20 && dropped > 20, "{kept}, {dropped}");
     }
 
     #[test]

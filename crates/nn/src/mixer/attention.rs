@@ -1,10 +1,10 @@
 //! Causal softmax attention as a mixer, with the position schemes of paper 27 (NoPE): none, T5's relative bias, ALiBi,
 //! rotary; sinusoids are added to the embedding instead. The state is the keys and values seen.
 
-use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear};
+use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear, softmax};
 use crate::params::{Init, Params};
 use crate::position::alibi;
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
 
 /// Where attention learns positions from.
@@ -273,10 +273,7 @@ impl SequenceMixer for AttentionMixer {
             scores = (scores * (d as f64).powf(-0.5))?;
         }
         let scores = scores.broadcast_add(&self.logit_bias(length, keys, x)?)?;
-        let top = scores.max_keepdim(D::Minus1)?.detach();
-        let weights = scores.broadcast_sub(&top)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        let y = weights
+        let y = softmax(&scores)?
             .matmul(&value.contiguous()?)?
             .transpose(1, 2)?
             .contiguous()?

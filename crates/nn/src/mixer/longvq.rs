@@ -12,7 +12,9 @@ use candle_core::{DType, Result, Tensor, Var, bail};
 use longspan_data::random::Random;
 use longspan_kernels::vq::{VqAttention, straight_through, vq_assign};
 use serde::{Deserialize, Serialize};
-use std::sync::Mutex;
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard};
+use std::thread::ThreadId;
 
 /// What writes the past into each position before attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,12 +85,11 @@ const SAMPLE: usize = 2048;
 /// Steps without use after which a code starts anew.
 const PATIENCE: u32 = 100;
 
-/// What a step's batches assigned to the codes.
+/// What a step's codebook update is made from.
 #[derive(Default)]
 struct Seen {
-    sums: Vec<f64>,
-    counts: Vec<f64>,
-    sample: Vec<f64>,
+    noted: Noted,
+    /// Steps in which a code stood for no key.
     idle: Vec<u32>,
 }
 
@@ -116,6 +117,8 @@ pub struct LongVq {
     c_sum: Tensor,
     c_count: Tensor,
     seen: Mutex<Seen>,
+    /// What each thread's forward passes noted since they were asked.
+    noted: Mutex<HashMap<ThreadId, Noted>>,
 }
 
 /// Means of the keys each code stands for: c_sum [codes, d], c_count [codes].
@@ -212,6 +215,7 @@ impl LongVq {
             c_sum: params.get_in("c_sum", &[s, dk], normal, fixed)?,
             c_count: params.get_in("c_count", &[s], Init::Constant(1.0), fixed)?,
             seen: Mutex::default(),
+            noted: Mutex::default(),
             config: c.clone(),
         })
     }
@@ -319,27 +323,47 @@ impl LongVq {
             .flatten_all()?
             .to_vec1::<f64>()?;
         let (sums, counts) = assigned(&keys, codes, d, s);
-        let mut seen = self
-            .seen
-            .lock()
-            .unwrap_or_else(|poison| poison.into_inner());
-        let add = |old: &mut Vec<f64>, new: Vec<f64>| {
+        // Keys at equal distances through the batch.
+        let every = codes.len().div_ceil(SAMPLE).max(1);
+        let sample = keys
+            .chunks(d)
+            .step_by(every)
+            .flat_map(|key| key.iter().copied())
+            .collect();
+        let new = Noted {
+            sums,
+            counts,
+            sample,
+        };
+        let mut noted = held(&self.noted);
+        let own = noted.entry(std::thread::current().id()).or_default();
+        own.add(new);
+        Ok(())
+    }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+/// Keys of forward passes: their sums [codes, d] and counts [codes] by code, and some of the last pass's keys.
+#[derive(Default)]
+struct Noted {
+    sums: Vec<f64>,
+    counts: Vec<f64>,
+    sample: Vec<f64>,
+}
+
+impl Noted {
+    fn add(&mut self, new: Noted) {
+        for (old, new) in [(&mut self.sums, new.sums), (&mut self.counts, new.counts)] {
             if old.is_empty() {
                 *old = new;
             } else {
                 old.iter_mut().zip(new).for_each(|(old, new)| *old += new);
             }
-        };
-        add(&mut seen.sums, sums);
-        add(&mut seen.counts, counts);
-        // Keys at equal distances through the batch.
-        let every = codes.len().div_ceil(SAMPLE).max(1);
-        seen.sample = keys
-            .chunks(d)
-            .step_by(every)
-            .flat_map(|key| key.iter().copied())
-            .collect();
-        Ok(())
+        }
+        self.sample = new.sample;
     }
 }
 
@@ -479,11 +503,41 @@ impl SequenceMixer for LongVq {
         Ok(state)
     }
 
+    fn take_notes(&self) -> Vec<f64> {
+        let own = held(&self.noted).remove(&std::thread::current().id());
+        own.map_or(Vec::new(), |own| {
+            [own.sums, own.counts, own.sample].concat()
+        })
+    }
+
+    fn add_notes(&self, notes: &[f64]) -> Result<()> {
+        let (d, s) = (self.config.key_dim, self.config.codes);
+        if notes.is_empty() {
+            return Ok(());
+        }
+        if notes.len() < s * d + s || !(notes.len() - s).is_multiple_of(d) {
+            bail!(
+                "longvq: found notes of {} numbers, expected those of {s} codes of {d}",
+                notes.len()
+            );
+        }
+        let (sums, rest) = notes.split_at(s * d);
+        let (counts, sample) = rest.split_at(s);
+        held(&self.seen).noted.add(Noted {
+            sums: sums.to_vec(),
+            counts: counts.to_vec(),
+            sample: sample.to_vec(),
+        });
+        Ok(())
+    }
+
     fn after_step(&self) -> Result<()> {
-        let mut seen = self
-            .seen
-            .lock()
-            .unwrap_or_else(|poison| poison.into_inner());
+        // What this thread noted itself, where no trainer asked for it.
+        self.add_notes(&self.take_notes())?;
+        let mut held = held(&self.seen);
+        let seen = &mut *held;
+        let idle = &mut seen.idle;
+        let seen = std::mem::take(&mut seen.noted);
         if seen.counts.is_empty() {
             return Ok(());
         }
@@ -518,19 +572,19 @@ impl SequenceMixer for LongVq {
             (c_sum, c_count) = updated(&c_sum, &c_count, &seen.sums, &seen.counts, decay)?;
         }
         if self.config.reseed {
-            seen.idle.resize(s, 0);
+            idle.resize(s, 0);
             let mut sums = c_sum.to_dtype(DType::F64)?.to_vec2::<f64>()?;
             let mut counts = c_count.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             let keys = (seen.sample.len() / d) as u64;
             for code in 0..s {
                 let used = seen.counts[code] > 0.0;
-                seen.idle[code] = if used { 0 } else { seen.idle[code] + 1 };
-                if seen.idle[code] >= PATIENCE && keys > 0 {
+                idle[code] = if used { 0 } else { idle[code] + 1 };
+                if idle[code] >= PATIENCE && keys > 0 {
                     let mut random = Random::new(code as u64, "code anew");
                     let key = random.below(keys) as usize;
                     sums[code] = seen.sample[key * d..][..d].to_vec();
                     counts[code] = 1.0;
-                    seen.idle[code] = 0;
+                    idle[code] = 0;
                 }
             }
             let like = |t: Tensor| t.to_dtype(c_sum.dtype());
@@ -540,11 +594,6 @@ impl SequenceMixer for LongVq {
         }
         Var::from_tensor(&self.c_sum)?.set(&c_sum)?;
         Var::from_tensor(&self.c_count)?.set(&c_count)?;
-        let idle = std::mem::take(&mut seen.idle);
-        *seen = Seen {
-            idle,
-            ..Seen::default()
-        };
         Ok(())
     }
 }

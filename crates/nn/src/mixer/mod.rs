@@ -41,6 +41,7 @@ pub use s5::{S5, S5Config};
 
 use crate::params::Params;
 use candle_core::{Result, Tensor, bail};
+use longspan_kernels::{learn, linear};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -202,6 +203,18 @@ pub trait SequenceMixer: Send + Sync {
     /// Why gradients are not those of finite differences (something is rounded, and its gradient passed on); none = they are.
     fn estimated_gradient(&self) -> Option<&'static str> {
         None
+    }
+
+    /// What this thread's tracked forward passes noted for [`after_step`](Self::after_step), taken out: a trainer asks after
+    /// each micro-batch, on the thread that ran it.
+    fn take_notes(&self) -> Vec<f64> {
+        Vec::new()
+    }
+
+    /// Adds the notes of a micro-batch, wherever it ran; in the order of micro-batches, so that ranks change nothing.
+    fn add_notes(&self, notes: &[f64]) -> Result<()> {
+        let _ = notes;
+        Ok(())
     }
 
     /// What changes after an optimiser step other than by gradients (a codebook's running means).
@@ -382,22 +395,21 @@ impl MixerConfig {
     }
 }
 
+/// Softmax over the last axis; -inf gets 0.
+pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
+    match learn::fits(x) {
+        true => learn::softmax(x),
+        false => learn::softmax_naive(x),
+    }
+}
+
 /// x [.., in] times weight [out, in] transposed, plus bias [out].
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let dims = x.dims();
-    let (rows, inputs) = (
-        x.elem_count() / dims[dims.len() - 1].max(1),
-        dims[dims.len() - 1],
-    );
-    let y = x
-        .contiguous()?
-        .reshape((rows, inputs))?
-        .matmul(&weight.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(bias)?,
-        None => y,
-    };
-    let mut shape = dims.to_vec();
-    shape[dims.len() - 1] = weight.dim(0)?;
-    y.reshape(shape)
+    let same = |t: &Tensor| t.dtype() == x.dtype();
+    // The fused form packs the weight at every call, which few rows do not pay for.
+    let rows = x.elem_count() / weight.dim(1)?.max(1);
+    if rows >= 16 && learn::fits(x) && same(weight) && bias.is_none_or(same) {
+        return linear::linear(x, weight, bias);
+    }
+    linear::linear_naive(x, weight, bias)
 }

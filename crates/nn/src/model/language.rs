@@ -23,6 +23,17 @@ pub trait LanguageModel: Send + Sync {
     /// [tokens, hidden] after the last block to f32 logits [tokens, vocab].
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// What this thread's forward passes noted for [`after_step`](Self::after_step), by block, taken out.
+    fn take_notes(&self) -> Vec<Vec<f64>> {
+        Vec::new()
+    }
+
+    /// Adds the notes of a micro-batch.
+    fn add_notes(&self, notes: &[Vec<f64>]) -> Result<()> {
+        let _ = notes;
+        Ok(())
+    }
+
     /// What changes after an optimiser step other than by gradients.
     fn after_step(&self) -> Result<()> {
         Ok(())

@@ -4,7 +4,7 @@
 //! [`PointerDecoder`] points into any memories; [`PtrNet`] is the paper's network over points; [`FixedSeq2Seq`] are its
 //! baselines, whose softmax has one row per index and so knows one length only.
 
-use crate::mixer::linear;
+use crate::mixer::{linear, softmax};
 use crate::params::{Init, Params};
 use candle_core::{D, DType, Result, Tensor, bail};
 use longspan_kernels::additive::additive_scores;
@@ -401,13 +401,6 @@ impl PointerDecoder {
 struct Keys {
     pointer: Tensor,
     glimpse: Option<Tensor>,
-}
-
-/// Softmax over the last axis; -inf gets 0.
-pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
-    let top = x.max_keepdim(D::Minus1)?.detach();
-    let weights = x.broadcast_sub(&top)?.exp()?;
-    weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)
 }
 
 /// Σ of -ln p of each row's targets [batch][m], -1 left out, under logits [batch, m, candidates]: [batch].

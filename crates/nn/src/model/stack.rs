@@ -357,6 +357,16 @@ impl LanguageModel for StackLm {
             .block(index, x, |mixer, x| mixer::packed(mixer, x, lengths))
     }
 
+    fn take_notes(&self) -> Vec<Vec<f64>> {
+        let blocks = self.stack.blocks.iter();
+        blocks.map(|block| block.mixer.take_notes()).collect()
+    }
+
+    fn add_notes(&self, notes: &[Vec<f64>]) -> Result<()> {
+        let mut blocks = self.stack.blocks.iter().zip(notes);
+        blocks.try_for_each(|(block, notes)| block.mixer.add_notes(notes))
+    }
+
     fn after_step(&self) -> Result<()> {
         let mut blocks = self.stack.blocks.iter();
         blocks.try_for_each(|block| block.mixer.after_step())

@@ -5,7 +5,7 @@
 //! beta(n), n being the number of list elements, not the position.
 
 use super::stack::rms_norm;
-use crate::mixer::linear;
+use crate::mixer::{linear, softmax};
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use serde::{Deserialize, Serialize};
@@ -61,10 +61,7 @@ pub fn tempered_attention(
         let mask = Tensor::from_vec(mask, (1, 1, queries, keys), q.device())?;
         scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
     }
-    let top = scores.max_keepdim(D::Minus1)?.detach();
-    let weights = scores.broadcast_sub(&top)?.exp()?;
-    let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-    weights.matmul(&v.contiguous()?)
+    softmax(&scores)?.matmul(&v.contiguous()?)
 }
 
 /// Hyper-parameters of [`TemperedDecoder`].

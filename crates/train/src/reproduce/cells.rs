@@ -1,36 +1,97 @@
-//! Parts of an experiment that are kept when they are finished (a setting with a seed is one), so that a run that was stopped
-//! goes on where it was; and the rules by which measured values are judged.
+//! Parts of an experiment: a setting with a seed is one. Parts do not depend on each other, so several may run side by side;
+//! finished ones are kept, so that a run that was stopped, or asks for more seeds, goes on with what is missing. And the rules
+//! by which measured values are judged.
 
 use super::Row;
 use crate::error::{At, Result, TrainError};
 use crate::run::write_whole;
+use crate::trainer::roomy;
+use longspan_kernels::pool::Pool;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Instant;
 
 /// What one setting with one seed gave.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
     /// By name of the measure.
     pub values: BTreeMap<String, f64>,
+    /// A course over steps, to be drawn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub curve: Vec<(f64, f64)>,
     /// Trained values of the model.
     pub parameters: usize,
     /// Seconds of training and testing.
     pub seconds: f64,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Stored {
-    recipe: serde_json::Value,
-    cells: BTreeMap<String, Cell>,
+/// Told the share of a part that is done, answers whether to go on.
+pub type GoOn<'a> = &'a mut dyn FnMut(f64) -> bool;
+
+/// Told what is being done and the share of all work done, answers whether to go on.
+pub type Watch<'a> = &'a mut dyn FnMut(&str, f64) -> bool;
+
+/// A setting with a seed.
+pub struct Part<'a> {
+    /// The setting.
+    pub setting: String,
+    /// The seed.
+    pub seed: u64,
+    /// All that the cell depends on but the seed: a kept cell with another key is made again.
+    pub key: Value,
+    /// Makes the cell; none when told to stop.
+    pub make: Make<'a>,
+}
+
+type Make<'a> = Box<dyn Fn(GoOn<'_>) -> Result<Option<Cell>> + Send + Sync + 'a>;
+
+impl Part<'_> {
+    fn name(&self) -> String {
+        format!("{}, seed {}", self.setting, self.seed)
+    }
+}
+
+/// What has a name in tables, figures and checks.
+pub trait Setting: Serialize + Sync {
+    /// The name.
+    fn name(&self) -> &str;
+}
+
+/// Every setting with every seed, seed by seed: a run that is stopped has compared all settings. `shared` is what cells of
+/// all settings depend on.
+pub fn grid<'a, S: Setting>(
+    shared: Value,
+    settings: &'a [S],
+    seeds: u64,
+    make: impl Fn(&'a S, u64, GoOn<'_>) -> Result<Option<Cell>> + Copy + Send + Sync + 'a,
+) -> Vec<Part<'a>> {
+    (0..seeds)
+        .flat_map(|seed| settings.iter().map(move |setting| (seed, setting)))
+        .map(|(seed, setting)| Part {
+            setting: setting.name().into(),
+            seed,
+            key: serde_json::json!([shared, serde_json::to_value(setting).unwrap_or_default()]),
+            make: Box::new(move |go_on| make(setting, seed, go_on)),
+        })
+        .collect()
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Kept {
+    key: Value,
+    cell: Cell,
 }
 
 /// Finished cells by name, in memory or in a file too.
 #[derive(Default)]
 pub struct Cells {
     path: Option<PathBuf>,
-    recipe: serde_json::Value,
-    cells: BTreeMap<String, Cell>,
+    jobs: usize,
+    kept: BTreeMap<String, Kept>,
 }
 
 impl Cells {
@@ -39,61 +100,130 @@ impl Cells {
         Cells::default()
     }
 
-    /// Keeps cells in a file. What is there is taken up if it belongs to the same recipe (the number of seeds may differ);
-    /// cells of another recipe are dropped.
-    pub fn open(path: &Path, recipe: &super::Recipe) -> Result<Self> {
-        let mut recipe = recipe.clone();
-        recipe.seeds = 0;
-        let recipe =
-            serde_json::to_value(&recipe).map_err(|error| TrainError::contents(path, error))?;
-        let cells = match std::fs::read(path) {
+    /// Keeps cells in a file, and takes up what is there.
+    pub fn open(path: &Path) -> Result<Self> {
+        let kept = match std::fs::read(path) {
             Ok(bytes) => {
-                let stored: Stored = serde_json::from_slice(&bytes)
-                    .map_err(|error| TrainError::contents(path, error))?;
-                if stored.recipe == recipe {
-                    stored.cells
-                } else {
-                    BTreeMap::new()
-                }
+                serde_json::from_slice(&bytes).map_err(|error| TrainError::contents(path, error))?
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(error).at(path),
         };
         Ok(Cells {
             path: Some(path.into()),
-            recipe,
-            cells,
+            kept,
+            ..Cells::default()
         })
     }
 
-    /// The cell of this name, made and kept if it is not there; none when `make` was asked to stop.
-    pub fn get(
-        &mut self,
-        name: &str,
-        make: impl FnOnce() -> Result<Option<Cell>>,
-    ) -> Result<Option<Cell>> {
-        if let Some(cell) = self.cells.get(name) {
-            return Ok(Some(cell.clone()));
-        }
-        let start = std::time::Instant::now();
-        let Some(mut cell) = make()? else {
-            return Ok(None);
+    /// So many parts run side by side, each with kernels on its own thread alone; with one, its kernels use all threads.
+    pub fn jobs(mut self, jobs: usize) -> Self {
+        self.jobs = jobs;
+        self
+    }
+
+    fn known(&self, part: &Part<'_>) -> Option<Cell> {
+        let kept = self.kept.get(&part.name())?;
+        (kept.key == part.key).then(|| kept.cell.clone())
+    }
+
+    fn keep(&mut self, part: &Part<'_>, cell: Cell) -> Result<()> {
+        let key = part.key.clone();
+        self.kept.insert(part.name(), Kept { key, cell });
+        let Some(path) = &self.path else {
+            return Ok(());
         };
-        cell.seconds = start.elapsed().as_secs_f64();
-        self.cells.insert(name.into(), cell.clone());
-        if let Some(path) = &self.path {
-            if let Some(folder) = path.parent() {
-                std::fs::create_dir_all(folder).at(folder)?;
-            }
-            let stored = Stored {
-                recipe: self.recipe.clone(),
-                cells: self.cells.clone(),
-            };
-            let json = serde_json::to_vec_pretty(&stored)
-                .map_err(|error| TrainError::contents(path, error))?;
-            write_whole(path, &json)?;
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).at(folder)?;
         }
-        Ok(Some(cell))
+        let json = serde_json::to_vec_pretty(&self.kept)
+            .map_err(|error| TrainError::contents(path, error))?;
+        write_whole(path, &json)
+    }
+
+    /// The cells of all parts, each kept as soon as it is made; those that are there are not made again. None when `watch`
+    /// said stop. After an error no further part is begun.
+    pub fn make(&mut self, parts: &[Part<'_>], watch: Watch<'_>) -> Result<Option<Measured>> {
+        enum News {
+            Share(f64),
+            End(Result<Option<Cell>>),
+        }
+        let mut cells: Vec<Option<Cell>> = parts.iter().map(|part| self.known(part)).collect();
+        let missing: Vec<usize> = (0..parts.len()).filter(|&i| cells[i].is_none()).collect();
+        let mut shares: Vec<f64> = cells
+            .iter()
+            .map(|cell| if cell.is_some() { 1.0 } else { 0.0 })
+            .collect();
+        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (mut stopped, mut failed) = (false, None);
+        let jobs = self.jobs.clamp(1, missing.len().max(1));
+        std::thread::scope(|scope| -> Result<()> {
+            let (tell, told) = mpsc::channel::<(usize, News)>();
+            for _ in 0..jobs {
+                let (tell, missing, next, stop) = (tell.clone(), &missing, &next, &stop);
+                let work = move || {
+                    while let Some(&index) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if stop.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        let start = Instant::now();
+                        // The receiver lives until all senders are gone.
+                        let made = (parts[index].make)(&mut |share| {
+                            tell.send((index, News::Share(share))).is_ok()
+                                && !stop.load(Ordering::Relaxed)
+                        });
+                        let made = made.map(|cell| {
+                            cell.map(|cell| Cell {
+                                seconds: start.elapsed().as_secs_f64(),
+                                ..cell
+                            })
+                        });
+                        if tell.send((index, News::End(made))).is_err() {
+                            break;
+                        }
+                    }
+                };
+                let begun = roomy(scope, "longspan-cell", move || match jobs {
+                    1 => work(),
+                    _ => Pool::alone(work),
+                });
+                begun.at(Path::new("a thread of the experiment"))?;
+            }
+            drop(tell);
+            for (index, news) in told {
+                match news {
+                    News::Share(share) => shares[index] = share.clamp(shares[index], 1.0),
+                    News::End(Ok(Some(cell))) => {
+                        shares[index] = 1.0;
+                        cells[index] = Some(cell.clone());
+                        if let Err(error) = self.keep(&parts[index], cell) {
+                            failed.get_or_insert(error);
+                        }
+                    }
+                    News::End(Ok(None)) => {}
+                    News::End(Err(error)) => {
+                        failed.get_or_insert(error);
+                    }
+                }
+                let done = shares.iter().sum::<f64>() / shares.len() as f64;
+                stopped |= !watch(&parts[index].name(), done.min(1.0));
+                stop.fetch_or(stopped || failed.is_some(), Ordering::Relaxed);
+            }
+            Ok(())
+        })?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        if stopped {
+            return Ok(None);
+        }
+        let mut measured = Measured::new();
+        for (part, cell) in parts.iter().zip(cells) {
+            let Some(cell) = cell else { return Ok(None) };
+            let list = measured.entry(part.setting.clone()).or_default();
+            list.push(cell);
+        }
+        Ok(Some(measured))
     }
 }
 
@@ -254,28 +384,77 @@ mod tests {
         assert!(check_settings(&[check("a", None, "x", None, None)], &settings).is_err());
     }
 
+    /// Parts a and b, two seeds each, counted when made.
+    fn parts<'a>(made: &'a AtomicUsize, key: &str) -> Vec<Part<'a>> {
+        let part = |setting: &str, seed: u64| Part {
+            setting: setting.into(),
+            seed,
+            key: key.into(),
+            make: Box::new(move |go_on| {
+                made.fetch_add(1, Ordering::Relaxed);
+                Ok(go_on(0.5).then(|| cell(seed as f64)))
+            }),
+        };
+        let list = [("a", 0), ("b", 0), ("a", 1), ("b", 1)];
+        list.map(|(setting, seed)| part(setting, seed)).into()
+    }
+
     #[test]
-    fn finished_cells_are_not_made_again() {
+    fn finished_cells_are_not_made_again_and_jobs_change_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deeper").join("x.cells.json");
-        let mut recipe = super::super::recipe("s4").unwrap();
-        let mut made = 0;
-        for seeds in [1, 2] {
-            recipe.seeds = seeds;
-            let mut cells = Cells::open(&path, &recipe).unwrap();
-            let got = cells.get("one", || {
-                made += 1;
-                Ok(Some(cell(4.0)))
+        let made = AtomicUsize::new(0);
+        let count = |expected: usize| assert_eq!(made.swap(0, Ordering::Relaxed), expected);
+        let mut all = Vec::new();
+        for jobs in [1, 3] {
+            let mut cells = Cells::in_memory().jobs(jobs);
+            let mut heard = 0.0;
+            let got = cells.make(&parts(&made, "k"), &mut |_, share| {
+                assert!(share >= heard && share <= 1.0);
+                heard = share;
+                true
             });
-            assert_eq!(got.unwrap().unwrap().values["x"], 4.0);
-            assert!(cells.get("stopped", || Ok(None)).unwrap().is_none());
+            let mut got = got.unwrap().unwrap();
+            assert_eq!(heard, 1.0);
+            got.values_mut().flatten().for_each(|c| c.seconds = 0.0);
+            all.push(got);
+            count(4);
         }
-        assert_eq!(made, 1);
-        // Another recipe does not use them.
-        recipe.claim += "!";
-        let mut cells = Cells::open(&path, &recipe).unwrap();
-        assert!(cells.get("one", || Ok(None)).unwrap().is_none());
+        assert_eq!(all[0], all[1]);
+        assert_eq!(values(&all[0], "b", "x"), [0.0, 1.0]);
+        // Two seeds first of one setting, then all; then again.
+        for (which, expected) in [(0..1, 1), (0..4, 3), (0..4, 0)] {
+            let mut cells = Cells::open(&path).unwrap().jobs(2);
+            let got = cells.make(&parts(&made, "k")[which], &mut |_, _| true);
+            assert!(got.unwrap().is_some());
+            count(expected);
+        }
+        // A part of another key is made again.
+        let mut cells = Cells::open(&path).unwrap();
+        assert!(
+            cells
+                .make(&parts(&made, "l"), &mut |_, _| true)
+                .unwrap()
+                .is_some()
+        );
+        count(4);
         std::fs::write(&path, "{").unwrap();
-        assert!(Cells::open(&path, &recipe).is_err());
+        assert!(Cells::open(&path).is_err());
+    }
+
+    #[test]
+    fn a_stop_is_heard_and_an_error_is_told() {
+        let made = AtomicUsize::new(0);
+        let mut cells = Cells::in_memory().jobs(2);
+        let got = cells.make(&parts(&made, "k"), &mut |_, _| false);
+        assert!(got.unwrap().is_none());
+        let failing = Part {
+            setting: "c".into(),
+            seed: 0,
+            key: Value::Null,
+            make: Box::new(|_| Err(TrainError::option("c", 1, 2))),
+        };
+        let error = cells.make(&[failing], &mut |_, _| true).unwrap_err();
+        assert!(error.to_string().contains('c'), "{error}");
     }
 }

@@ -1,7 +1,10 @@
 //! States that never learned to forget (paper 16, Stuffed Mamba): loss far beyond the training length, three repairs without
 //! training, longer training, and how much a state of each size can hold.
 
-use super::cells::{Cell, Cells, Check, Measured, check_settings, judge, mean, rows, values};
+use super::cells::{
+    Cell, Cells, Check, GoOn, Measured, Part, Setting, Watch, check_settings, grid, judge, mean,
+    rows, values,
+};
 use super::{Recipe, Report};
 use crate::batch::PackedBatch;
 use crate::error::{Result, TrainError};
@@ -29,6 +32,12 @@ pub struct CollapseSetting {
     /// Whether the repairs are tried on it.
     #[serde(default)]
     pub repaired: bool,
+}
+
+impl Setting for CollapseSetting {
+    fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// How much a state of each size holds.
@@ -157,30 +166,45 @@ impl CollapseRecipe {
         &self,
         recipe: &Recipe,
         cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let sizes = self.capacity.as_ref().map_or(0, |c| c.state_sizes.len());
-        let total = (self.settings.len() + sizes) as f64 * recipe.seeds as f64;
-        let (mut measured, mut done) = (Measured::new(), 0.0);
+        let shared = serde_json::to_value(CollapseRecipe {
+            settings: Vec::new(),
+            checks: Vec::new(),
+            capacity: None,
+            ..self.clone()
+        });
+        let shared = shared.unwrap_or_default();
+        let mut parts = grid(
+            shared,
+            &self.settings,
+            recipe.seeds,
+            |setting, seed, go_on| self.one(setting, seed, go_on),
+        );
         for seed in 0..recipe.seeds {
-            for setting in &self.settings {
-                let name = format!("{}, seed {seed}", setting.name);
-                let mut go_on = |share: f64| watch(&name, (done + share) / total);
-                let cell = cells.get(&name, || self.one(setting, seed, &mut go_on))?;
-                let Some(cell) = cell else { return Ok(None) };
-                measured.entry(setting.name.clone()).or_default().push(cell);
-                done += 1.0;
-            }
-            for &n in self.capacity.iter().flat_map(|c| &c.state_sizes) {
-                let name = format!("{}, seed {seed}", held_by(n));
-                let mut go_on = |share: f64| watch(&name, (done + share) / total);
-                let cell = cells.get(&name, || self.held(n, seed, &mut go_on))?;
-                let Some(cell) = cell else { return Ok(None) };
-                measured.entry(held_by(n)).or_default().push(cell);
-                done += 1.0;
+            if let Some(capacity) = &self.capacity {
+                for &n in &capacity.state_sizes {
+                    let model = (self.d_model, self.layers, &self.mixer, self.lr);
+                    let task = (&capacity.pairs, capacity.symbols, capacity.steps);
+                    parts.push(Part {
+                        setting: held_by(n),
+                        seed,
+                        key: serde_json::json!([
+                            n,
+                            model,
+                            task,
+                            capacity.examples,
+                            self.test_examples
+                        ]),
+                        make: Box::new(move |go_on| self.held(n, seed, go_on)),
+                    });
+                }
             }
         }
+        let Some(mut measured) = cells.make(&parts, watch)? else {
+            return Ok(None);
+        };
         if let Some(capacity) = &self.capacity {
             let points: Vec<(f64, f64)> = capacity
                 .state_sizes
@@ -202,11 +226,14 @@ impl CollapseRecipe {
             paper: recipe.paper.clone(),
             claim: recipe.claim.clone(),
             setting: format!(
-                "pairs of {} keys and {} values, a new value in {:.0} % of pairs; Mamba-2, {} layers of width {}, tested to \
+                "pairs of {} keys and {} values, a new value in {:.0} % of pairs{}; Mamba-2, {} layers of width {}, tested to \
                  {} tokens; {} steps, AdamW {}, {} seeds, f32 on the CPU",
                 self.task.keys,
                 self.task.values,
                 100.0 * self.task.change,
+                self.task.horizon.map_or(String::new(), |most| format!(
+                    ", asked where the key came within {most} tokens"
+                )),
                 self.layers,
                 self.d_model,
                 self.shortest() * self.factor,
@@ -265,12 +292,7 @@ impl CollapseRecipe {
         StreamSource::new(task, length, 4, seed, purpose)?.next(count)
     }
 
-    fn one(
-        &self,
-        setting: &CollapseSetting,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<Cell>> {
+    fn one(&self, setting: &CollapseSetting, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let training = StreamTraining {
             task: StreamTask::Rewrite(self.task.clone()),
             length: setting.length,
@@ -343,12 +365,7 @@ impl CollapseRecipe {
     }
 
     /// Pairs that a state of this size holds.
-    fn held(
-        &self,
-        state_size: usize,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<Cell>> {
+    fn held(&self, state_size: usize, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let Some(capacity) = &self.capacity else {
             return Ok(Some(Cell::default()));
         };

@@ -1,7 +1,9 @@
 //! Mixers of one backbone on streams of tokens (papers 28 and 29): each is trained on each task alone, with its learning rate
 //! chosen on validation streams.
 
-use super::cells::{Cell, Cells, Check, Measured, check_settings, judge, mean, rows};
+use super::cells::{
+    Cell, Cells, Check, GoOn, Measured, Part, Watch, check_settings, judge, mean, rows,
+};
 use super::signals::Named;
 use super::{Recipe, Report};
 use crate::error::{Result, TrainError};
@@ -49,6 +51,10 @@ pub struct FamilyRecipe {
 const PERPLEXITY: &str = "perplexity of codes";
 const QUANTISED: &str = "relative error of codes";
 
+fn both(model: &Named, task: &FamilyTask) -> String {
+    format!("{}, {}", model.name, task.name)
+}
+
 impl FamilyRecipe {
     fn names(&self) -> Vec<String> {
         self.models.iter().map(|m| m.name.clone()).collect()
@@ -80,28 +86,39 @@ impl FamilyRecipe {
         &self,
         recipe: &Recipe,
         cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let mut measured = Measured::new();
-        let runs = self.models.len() * self.tasks.len();
-        let total = runs as f64 * recipe.seeds as f64;
-        let mut done = 0.0;
+        let mut parts = Vec::new();
         for seed in 0..recipe.seeds {
-            for model in &self.models {
-                let mut whole = Cell::default();
-                for task in &self.tasks {
-                    let name = format!("{}, {}, seed {seed}", model.name, task.name);
-                    let mut go_on = |share: f64| watch(&name, (done + share) / total);
-                    let cell = cells.get(&name, || self.one(model, task, seed, &mut go_on))?;
-                    let Some(cell) = cell else { return Ok(None) };
-                    whole.values.extend(cell.values);
+            for (model, task) in self
+                .models
+                .iter()
+                .flat_map(|m| self.tasks.iter().map(move |t| (m, t)))
+            {
+                parts.push(Part {
+                    setting: both(model, task),
+                    seed,
+                    key: serde_json::json!([model, task, self.lrs, self.test_examples]),
+                    make: Box::new(move |go_on| self.one(model, task, seed, go_on)),
+                });
+            }
+        }
+        let Some(made) = cells.make(&parts, watch)? else {
+            return Ok(None);
+        };
+        // A model's cell of a seed holds what it scored on all tasks.
+        let mut measured = Measured::new();
+        for model in &self.models {
+            let mut whole = vec![Cell::default(); recipe.seeds as usize];
+            for task in &self.tasks {
+                for (whole, cell) in whole.iter_mut().zip(&made[&both(model, task)]) {
+                    whole.values.extend(cell.values.clone());
                     whole.parameters = cell.parameters;
                     whole.seconds += cell.seconds;
-                    done += 1.0;
                 }
-                measured.entry(model.name.clone()).or_default().push(whole);
             }
+            measured.insert(model.name.clone(), whole);
         }
         let (holds, required, verdict) = judge(&self.checks, &measured);
         let lines: Vec<Curve> = self
@@ -174,7 +191,7 @@ impl FamilyRecipe {
         model: &Named,
         task: &FamilyTask,
         seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
+        go_on: GoOn<'_>,
     ) -> Result<Option<Cell>> {
         let batches = |purpose: &str| {
             let count = self.test_examples.div_ceil(8);

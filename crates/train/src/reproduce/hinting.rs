@@ -1,6 +1,8 @@
 //! Task hinting (paper 51): the same decoder sorts with and without a helper task, and is asked for lists longer than trained.
 
-use super::cells::{Cell, Cells, Check, Measured, check_settings, judge, mean, rows};
+use super::cells::{
+    Cell, Cells, Check, GoOn, Setting, Watch, check_settings, grid, judge, mean, rows,
+};
 use super::{Recipe, Report};
 use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
@@ -34,6 +36,12 @@ pub struct HintSetting {
     /// Optimiser steps, if others than the recipe's: what equal compute needs.
     #[serde(default)]
     pub steps: Option<u64>,
+}
+
+impl Setting for HintSetting {
+    fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// Settings of the experiment.
@@ -96,21 +104,24 @@ impl HintRecipe {
         &self,
         recipe: &Recipe,
         cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let mut measured = Measured::new();
-        let total = self.settings.len() as f64 * recipe.seeds as f64;
-        for seed in 0..recipe.seeds {
-            for (k, setting) in self.settings.iter().enumerate() {
-                let name = format!("{}, seed {seed}", setting.name);
-                let done = seed as f64 * self.settings.len() as f64 + k as f64;
-                let mut go_on = |share: f64| watch(&name, (done + share) / total);
-                let cell = cells.get(&name, || self.one(setting, seed, &mut go_on))?;
-                let Some(cell) = cell else { return Ok(None) };
-                measured.entry(setting.name.clone()).or_default().push(cell);
-            }
-        }
+        let shared = serde_json::to_value(HintRecipe {
+            settings: Vec::new(),
+            checks: Vec::new(),
+            ..self.clone()
+        });
+        let shared = shared.unwrap_or_default();
+        let parts = grid(
+            shared,
+            &self.settings,
+            recipe.seeds,
+            |setting, seed, go_on| self.one(setting, seed, go_on),
+        );
+        let Some(measured) = cells.make(&parts, watch)? else {
+            return Ok(None);
+        };
         let (holds, required, verdict) = judge(&self.checks, &measured);
         let lines: Vec<Curve> = self
             .settings
@@ -170,12 +181,7 @@ impl HintRecipe {
         }))
     }
 
-    fn one(
-        &self,
-        setting: &HintSetting,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<Cell>> {
+    fn one(&self, setting: &HintSetting, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let sort = HintedSort {
             sort: Sort {
                 values: self.values,

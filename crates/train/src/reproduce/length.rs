@@ -1,6 +1,7 @@
 //! Length generalisation (paper 27, NoPE): language models trained on short examples of token tasks, tested by exact match
 //! of freely written answers at longer ones; schemes are ranked by mean reciprocal rank.
 
+use super::cells::{Cell, Cells, GoOn, Part, Watch, mean};
 use super::signals::{Named, check_names};
 use super::{Recipe, Report, Row};
 use crate::error::{Result, TrainError};
@@ -17,7 +18,6 @@ use longspan_nn::model::StackLm;
 use longspan_nn::params::ParamStore;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Settings of the experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,48 +65,73 @@ impl LengthRecipe {
     pub(super) fn run(
         &self,
         recipe: &Recipe,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        cells: &mut Cells,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
         let (tasks, lengths) = (self.tasks.len(), self.test_lengths.len());
-        let runs = (self.models.len() * tasks) as f64 * recipe.seeds as f64;
         let longest = self.train_lengths.1;
         let beyond: Vec<usize> = (0..lengths)
             .filter(|&l| self.test_lengths[l] > longest)
             .collect();
-        let (mut rows, mut done) = (Vec::new(), 0.0);
-        // [model][task][length], means over seeds
-        let mut means = vec![vec![vec![0f64; lengths]; tasks]; self.models.len()];
-        for (m, model) in self.models.iter().enumerate() {
-            let start = Instant::now();
-            let mut row = Row {
-                name: model.name.clone(),
-                parameters: 0,
-                values: vec![0.0; recipe.seeds as usize],
-                seconds: 0.0,
-            };
-            for (t, task) in self.tasks.iter().enumerate() {
-                for seed in 0..recipe.seeds {
-                    let what = format!("{}, task {} of {tasks}, seed {seed}", model.name, t + 1);
-                    let mut go_on =
-                        |step: f64| watch(&what, (done + step / self.steps.max(1) as f64) / runs);
-                    let Some((shares, parameters)) = self.one(model, task, seed, &mut go_on)?
-                    else {
-                        return Ok(None);
-                    };
-                    row.parameters = parameters;
-                    for &l in &beyond {
-                        row.values[seed as usize] += shares[l] / (beyond.len() * tasks) as f64;
-                    }
-                    for (mean, share) in means[m][t].iter_mut().zip(&shares) {
-                        *mean += share / recipe.seeds as f64;
-                    }
-                    done += 1.0;
-                }
+        let mut parts = Vec::new();
+        for seed in 0..recipe.seeds {
+            for (model, t) in self
+                .models
+                .iter()
+                .flat_map(|m| (0..tasks).map(move |t| (m, t)))
+            {
+                let task = &self.tasks[t];
+                let trained = (self.train_lengths, self.steps, self.examples, self.lr);
+                let tested = (&self.test_lengths, self.test_examples);
+                parts.push(Part {
+                    setting: on_task(model, t),
+                    seed,
+                    key: serde_json::json!([model, task, trained, tested]),
+                    make: Box::new(move |go_on| self.one(model, task, seed, go_on)),
+                });
             }
-            row.seconds = start.elapsed().as_secs_f64();
-            rows.push(row);
         }
+        let Some(measured) = cells.make(&parts, watch)? else {
+            return Ok(None);
+        };
+        // [model][task][length], means over seeds
+        let means: Vec<Vec<Vec<f64>>> = self
+            .models
+            .iter()
+            .map(|model| {
+                let of_task = |t: usize| {
+                    let name = on_task(model, t);
+                    let at = |&n: &usize| mean(&measured, &name, &exact_at(n));
+                    self.test_lengths.iter().map(at).collect()
+                };
+                (0..tasks).map(of_task).collect()
+            })
+            .collect();
+        let rows: Vec<Row> = self
+            .models
+            .iter()
+            .map(|model| {
+                let mut row = Row {
+                    name: model.name.clone(),
+                    parameters: 0,
+                    values: vec![0.0; recipe.seeds as usize],
+                    seconds: 0.0,
+                };
+                for t in 0..tasks {
+                    for (value, cell) in row.values.iter_mut().zip(&measured[&on_task(model, t)]) {
+                        row.parameters = cell.parameters;
+                        row.seconds += cell.seconds;
+                        let shares = beyond.iter().map(|&l| {
+                            let name = exact_at(self.test_lengths[l]);
+                            cell.values.get(&name).copied().unwrap_or(f64::NAN)
+                        });
+                        *value += shares.sum::<f64>() / (beyond.len() * tasks) as f64;
+                    }
+                }
+                row
+            })
+            .collect();
         let mean = |name: &String| {
             rows.iter()
                 .find(|r| &r.name == name)
@@ -204,14 +229,14 @@ impl LengthRecipe {
         }))
     }
 
-    /// Exact match at every test length, and trained values; none when asked to stop.
+    /// Exact match at every test length; none when asked to stop.
     fn one(
         &self,
         model: &Named,
         task: &TokenTask,
         seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<(Vec<f64>, usize)>> {
+        go_on: GoOn<'_>,
+    ) -> Result<Option<Cell>> {
         let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
         let built = StackLm::new(&model.stack, task.get().vocab_size(), &params.root())?;
         let built = Arc::new(built);
@@ -229,17 +254,28 @@ impl LengthRecipe {
         let optimizer = Optimizer::new(OptimConfig::adamw(self.lr))?;
         let mut trainer = Trainer::new(params.clone(), optimizer, source, objective, config)?;
         while let Some(event) = trainer.step()? {
-            if !go_on(event.step as f64) {
+            if !go_on(event.step as f64 / self.steps.max(1) as f64) {
                 return Ok(None);
             }
         }
-        let shares = self
-            .test_lengths
-            .iter()
-            .map(|&length| exact_match(&built, task.get(), length, self.test_examples, seed))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Some((shares, params.count())))
+        let mut cell = Cell {
+            parameters: params.count(),
+            ..Cell::default()
+        };
+        for &length in &self.test_lengths {
+            let share = exact_match(&built, task.get(), length, self.test_examples, seed)?;
+            cell.values.insert(exact_at(length), share);
+        }
+        Ok(Some(cell))
     }
+}
+
+fn on_task(model: &Named, task: usize) -> String {
+    format!("{}, task {}", model.name, task + 1)
+}
+
+fn exact_at(length: usize) -> String {
+    format!("exact at {length}")
 }
 
 /// Mean over tasks and lengths of 1 / rank of model m; ties share the better rank.

@@ -12,7 +12,7 @@ mod pointing;
 mod signals;
 mod waves;
 
-pub use cells::{Cell, Cells, Check};
+pub use cells::{Cell, Cells, Check, Watch};
 pub use collapse::CollapseRecipe;
 pub use family::FamilyRecipe;
 pub use hinting::{HintRecipe, HintSetting};
@@ -20,7 +20,7 @@ pub use length::LengthRecipe;
 pub use orders::{OrderRecipe, StarOrder, StarRecipe, StarSetting};
 pub use pointing::{PointingRecipe, PointingSetting};
 pub use signals::SignalRecipe;
-pub use waves::WaveRecipe;
+pub use waves::{Memory, WaveRecipe};
 
 use crate::error::{Result, TrainError};
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,36 @@ pub enum Experiment {
     Collapse(CollapseRecipe),
 }
 
+impl Experiment {
+    /// As many optimiser steps for every training.
+    pub fn set_steps(&mut self, steps: u64) {
+        match self {
+            Experiment::Signals(signals) => signals.steps = steps,
+            Experiment::Length(length) => length.steps = steps,
+            Experiment::Pointing(pointing) => pointing.set_steps(steps),
+            Experiment::Orders(orders) => orders.set_steps(steps),
+            Experiment::Hinting(hinting) => hinting.set_steps(steps),
+            Experiment::Waves(waves) => waves.set_steps(steps),
+            Experiment::Family(family) => family.set_steps(steps),
+            Experiment::Collapse(collapse) => collapse.set_steps(steps),
+        }
+    }
+
+    /// Refuses what cannot run.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Experiment::Signals(signals) => signals.check(),
+            Experiment::Length(length) => length.check(),
+            Experiment::Pointing(pointing) => pointing.check(),
+            Experiment::Orders(orders) => orders.check(),
+            Experiment::Hinting(hinting) => hinting.check(),
+            Experiment::Waves(waves) => waves.check(),
+            Experiment::Family(family) => family.check(),
+            Experiment::Collapse(collapse) => collapse.check(),
+        }
+    }
+}
+
 /// One setting's measurements.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -160,22 +190,18 @@ pub fn recipe(name: &str) -> Result<Recipe> {
 }
 
 /// Runs a recipe. `watch` hears what is being done, with the share of the work done, and answers whether to go on.
-pub fn run(recipe: &Recipe, watch: &mut dyn FnMut(&str, f64) -> bool) -> Result<Option<Report>> {
+pub fn run(recipe: &Recipe, watch: Watch<'_>) -> Result<Option<Report>> {
     run_kept(recipe, &mut Cells::in_memory(), watch)
 }
 
 /// As [`run`], with finished parts kept in `cells`: a run that was stopped goes on with what is missing.
-pub fn run_kept(
-    recipe: &Recipe,
-    cells: &mut Cells,
-    watch: &mut dyn FnMut(&str, f64) -> bool,
-) -> Result<Option<Report>> {
+pub fn run_kept(recipe: &Recipe, cells: &mut Cells, watch: Watch<'_>) -> Result<Option<Report>> {
     if recipe.seeds == 0 {
         return Err(TrainError::option("seeds", 0, "1 or more"));
     }
     match &recipe.experiment {
-        Experiment::Signals(signals) => signals.run(recipe, watch),
-        Experiment::Length(length) => length.run(recipe, watch),
+        Experiment::Signals(signals) => signals.run(recipe, cells, watch),
+        Experiment::Length(length) => length.run(recipe, cells, watch),
         Experiment::Pointing(pointing) => pointing.run(recipe, cells, watch),
         Experiment::Orders(orders) => orders.run(recipe, cells, watch),
         Experiment::Hinting(hinting) => hinting.run(recipe, cells, watch),
@@ -195,16 +221,7 @@ mod tests {
             let recipe = recipe(name).unwrap();
             assert_eq!(recipe.paper, name);
             assert!(recipe.seeds >= 2, "{name}");
-            match &recipe.experiment {
-                Experiment::Signals(signals) => signals.check().unwrap(),
-                Experiment::Length(length) => length.check().unwrap(),
-                Experiment::Pointing(pointing) => pointing.check().unwrap(),
-                Experiment::Orders(orders) => orders.check().unwrap(),
-                Experiment::Hinting(hinting) => hinting.check().unwrap(),
-                Experiment::Waves(waves) => waves.check().unwrap(),
-                Experiment::Family(family) => family.check().unwrap(),
-                Experiment::Collapse(collapse) => collapse.check().unwrap(),
-            }
+            recipe.experiment.check().unwrap();
         }
         let error = super::recipe("nothing").unwrap_err().to_string();
         assert!(error.contains("s4"), "{error}");

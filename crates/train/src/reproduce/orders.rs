@@ -1,7 +1,7 @@
 //! Order matters (paper 08): sets as input, read by models that see or do not see an order; sets as output, written in
 //! different orders, one of them chosen by the model.
 
-use super::cells::{Cell, Cells, Check, Measured, check_settings, judge, rows};
+use super::cells::{Cell, Cells, Check, GoOn, Setting, Watch, check_settings, grid, judge, rows};
 use super::pointing::PointingRecipe;
 use super::{Recipe, Report};
 use crate::error::{Result, TrainError};
@@ -43,6 +43,12 @@ pub struct StarSetting {
     pub order: StarOrder,
     /// Optimiser steps.
     pub steps: u64,
+}
+
+impl Setting for StarSetting {
+    fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// Trainings on the star model. The model is kept where the loss on held-out samples is least; the reported loss is that of
@@ -107,26 +113,24 @@ impl OrderRecipe {
         &self,
         recipe: &Recipe,
         cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        // The parts cost about as much as each other.
-        let mut first = |what: &str, share: f64| watch(what, 0.5 * share);
-        let Some(mut measured) = self.sorting.measure(recipe.seeds, cells, &mut first)? else {
+        let shared = serde_json::to_value(StarRecipe {
+            settings: Vec::new(),
+            ..self.star.clone()
+        });
+        let shared = shared.unwrap_or_default();
+        let mut parts = self.sorting.parts(recipe.seeds);
+        parts.extend(grid(
+            shared,
+            &self.star.settings,
+            recipe.seeds,
+            |setting, seed, go_on| self.star.one(setting, seed, go_on),
+        ));
+        let Some(measured) = cells.make(&parts, watch)? else {
             return Ok(None);
         };
-        let total = self.star.settings.len() as f64 * recipe.seeds as f64;
-        for seed in 0..recipe.seeds {
-            for (k, setting) in self.star.settings.iter().enumerate() {
-                let name = format!("{}, seed {seed}", setting.name);
-                let done = seed as f64 * self.star.settings.len() as f64 + k as f64;
-                let mut go_on = |share: f64| watch(&name, 0.5 + 0.5 * (done + share) / total);
-                let cell = cells.get(&name, || self.star.one(setting, seed, &mut go_on))?;
-                let Some(cell) = cell else { return Ok(None) };
-                measured.entry(setting.name.clone()).or_default().push(cell);
-            }
-        }
-        let measured: Measured = measured;
         let checks = [&self.sorting.checks[..], &self.checks].concat();
         let (holds, required, verdict) = judge(&checks, &measured);
         let stars: Vec<String> = self
@@ -176,12 +180,7 @@ const EXCESS: &str = "nats above entropy";
 const HEAD_FIRST: &str = "share of sets written head first";
 
 impl StarRecipe {
-    fn one(
-        &self,
-        setting: &StarSetting,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<Cell>> {
+    fn one(&self, setting: &StarSetting, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let star = Star::new(&setting.star, seed);
         let places = star.config().variables;
         let draw = |count: usize, purpose: &str| -> Vec<Vec<u32>> {

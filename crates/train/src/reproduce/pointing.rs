@@ -1,6 +1,9 @@
 //! Pointing tasks (papers 08 and 39): models trained on inputs of some sizes, tested at others by what they answer alone.
 
-use super::cells::{Cell, Cells, Check, Measured, check_settings, judge, mean, rows};
+use super::cells::{
+    Cell, Cells, Check, GoOn, Measured, Part, Setting, Watch, check_settings, grid, judge, mean,
+    rows,
+};
 use super::{Recipe, Report};
 use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
@@ -40,6 +43,12 @@ pub struct PointingSetting {
     /// Which answers may be given at the test.
     #[serde(default)]
     pub rule: Rule,
+}
+
+impl Setting for PointingSetting {
+    fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 /// Settings of the experiment.
@@ -103,37 +112,29 @@ impl PointingRecipe {
         self.settings.iter().map(|s| s.name.clone()).collect()
     }
 
-    /// All cells; none when asked to stop.
-    pub(super) fn measure(
-        &self,
-        seeds: u64,
-        cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
-    ) -> Result<Option<Measured>> {
-        self.check()?;
-        let mut measured = Measured::new();
-        let total = self.settings.len() as f64 * seeds as f64;
-        // Seed by seed: a run that is stopped has compared all settings.
-        for seed in 0..seeds {
-            for (k, setting) in self.settings.iter().enumerate() {
-                let name = format!("{}, seed {seed}", setting.name);
-                let done = seed as f64 * self.settings.len() as f64 + k as f64;
-                let mut go_on = |share: f64| watch(&name, (done + share) / total);
-                let cell = cells.get(&name, || self.one(setting, seed, &mut go_on))?;
-                let Some(cell) = cell else { return Ok(None) };
-                measured.entry(setting.name.clone()).or_default().push(cell);
-            }
-        }
-        Ok(Some(measured))
+    /// All parts.
+    pub(super) fn parts(&self, seeds: u64) -> Vec<Part<'_>> {
+        let shared = serde_json::to_value(PointingRecipe {
+            settings: Vec::new(),
+            checks: Vec::new(),
+            measures: Vec::new(),
+            figure: String::new(),
+            ..self.clone()
+        });
+        let shared = shared.unwrap_or_default();
+        grid(shared, &self.settings, seeds, |setting, seed, go_on| {
+            self.one(setting, seed, go_on)
+        })
     }
 
     pub(super) fn run(
         &self,
         recipe: &Recipe,
         cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
-        let Some(measured) = self.measure(recipe.seeds, cells, watch)? else {
+        self.check()?;
+        let Some(measured) = cells.make(&self.parts(recipe.seeds), watch)? else {
             return Ok(None);
         };
         let (holds, required, verdict) = judge(&self.checks, &measured);
@@ -208,12 +209,7 @@ impl PointingRecipe {
         )
     }
 
-    fn one(
-        &self,
-        setting: &PointingSetting,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<Cell>> {
+    fn one(&self, setting: &PointingSetting, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let task = setting.task.get();
         let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
         let model = PointingModel::new(&setting.model, task.dim(), task.ends(), &params.root())?;

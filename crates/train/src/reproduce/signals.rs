@@ -1,11 +1,12 @@
 //! Models of real-valued sequences on one task, compared by test error: S4's lag task, the adding problem.
 
+use super::cells::{Cell, Cells, GoOn, Part, Setting, Watch, grid, mean, values};
 use super::{Recipe, Report, Row};
 use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
 use crate::optim::{OptimConfig, Optimizer};
 use crate::schedule::Schedule;
-use crate::signal::{Regression, SignalSource};
+use crate::signal::{Regression, SignalBatch, SignalSource};
 use crate::source::Source;
 use crate::trainer::{LoopConfig, Trainer};
 use candle_core::{DType, Device};
@@ -14,7 +15,6 @@ use longspan_nn::model::{SignalModel, StackConfig};
 use longspan_nn::params::ParamStore;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// A model of the comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +25,16 @@ pub struct Named {
     /// The model.
     pub stack: StackConfig,
 }
+
+impl Setting for Named {
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+const ERROR: &str = "mean squared error";
+/// 1 - error / variance of the targets.
+pub(super) const EXPLAINED: &str = "share of variance explained";
 
 /// Settings of the experiment. All models see the same examples in the same order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,49 +85,50 @@ impl SignalRecipe {
         check_names(&self.models, &[&self.claimed, &self.controls])
     }
 
+    /// All parts.
+    pub(super) fn parts(&self, seeds: u64) -> Vec<Part<'_>> {
+        let shared = serde_json::json!([
+            self.task,
+            self.steps,
+            self.examples,
+            self.test_examples,
+            self.lr
+        ]);
+        grid(shared, &self.models, seeds, |model, seed, go_on| {
+            self.one(model, seed, go_on)
+        })
+    }
+
     pub(super) fn run(
         &self,
         recipe: &Recipe,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        cells: &mut Cells,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let runs = self.models.len() as f64 * recipe.seeds as f64;
-        let (mut rows, mut lines, mut done) = (Vec::new(), Vec::new(), 0.0);
-        for model in &self.models {
-            let start = Instant::now();
-            let mut row = Row {
-                name: model.name.clone(),
-                parameters: 0,
-                values: Vec::new(),
-                seconds: 0.0,
-            };
-            let mut mean = vec![(0f64, 0f64); self.steps as usize];
-            for seed in 0..recipe.seeds {
-                let what = format!("{}, seed {seed}", model.name);
-                let mut go_on =
-                    |step: f64| watch(&what, (done + step / self.steps.max(1) as f64) / runs);
-                let Some((error, losses, parameters)) = self.one(model, seed, &mut go_on)? else {
-                    return Ok(None);
-                };
-                row.parameters = parameters;
-                row.values.push(error);
-                for (step, loss) in losses.into_iter().enumerate() {
-                    mean[step] = (step as f64 + 1.0, mean[step].1 + loss / recipe.seeds as f64);
-                }
-                done += 1.0;
-            }
-            row.seconds = start.elapsed().as_secs_f64();
-            rows.push(row);
-            lines.push(Curve {
-                name: model.name.clone(),
-                points: smooth(&mean),
-            });
-        }
-        let mean = |name: &String| {
-            rows.iter()
-                .find(|r| &r.name == name)
-                .map_or(f64::NAN, Row::mean)
+        let parts = self.parts(recipe.seeds);
+        let Some(measured) = cells.make(&parts, watch)? else {
+            return Ok(None);
         };
+        let rows: Vec<Row> = self
+            .models
+            .iter()
+            .map(|model| Row {
+                name: model.name.clone(),
+                parameters: measured[&model.name].first().map_or(0, |c| c.parameters),
+                values: values(&measured, &model.name, ERROR),
+                seconds: measured[&model.name].iter().map(|c| c.seconds).sum(),
+            })
+            .collect();
+        let lines: Vec<Curve> = self
+            .models
+            .iter()
+            .map(|model| Curve {
+                name: model.name.clone(),
+                points: mean_curve(&measured[&model.name]),
+            })
+            .collect();
+        let mean = |name: &String| mean(&measured, name, ERROR);
         let worst = self.claimed.iter().map(mean).fold(0f64, f64::max);
         let best = self.controls.iter().map(mean).fold(f64::INFINITY, f64::min);
         let task = serde_json::to_string(&self.task).unwrap_or_default();
@@ -157,13 +168,8 @@ impl SignalRecipe {
         }))
     }
 
-    /// Test error, training losses and trained values of one run; none when asked to stop.
-    fn one(
-        &self,
-        model: &Named,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<(f64, Vec<f64>, usize)>> {
+    /// Test error and training losses of one run; none when asked to stop.
+    fn one(&self, model: &Named, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let task = self.task.get();
         let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
         let root = params.root();
@@ -183,20 +189,56 @@ impl SignalRecipe {
         let mut trainer = Trainer::new(params.clone(), optimizer, source, objective, config)?;
         let mut losses = Vec::new();
         while let Some(event) = trainer.step()? {
-            losses.push(event.loss);
-            if !go_on(event.step as f64) {
+            losses.push((event.step as f64, event.loss));
+            if !go_on(event.step as f64 / self.steps.max(1) as f64) {
                 return Ok(None);
             }
         }
         let mut test = SignalSource::new(self.task.clone(), 8, seed, "signals to test")?;
         let batches = test.next(self.test_examples.div_ceil(8))?;
         let error = trainer.objective.mean(&batches)?;
-        Ok(Some((error, losses, params.count())))
+        Ok(Some(Cell {
+            values: [
+                (ERROR.to_string(), error),
+                (EXPLAINED.to_string(), 1.0 - error / variance(&batches)),
+            ]
+            .into(),
+            curve: smooth(&losses),
+            parameters: params.count(),
+            seconds: 0.0,
+        }))
     }
 }
 
+/// Of all targets around their mean.
+fn variance(batches: &[SignalBatch]) -> f64 {
+    let all = || {
+        batches
+            .iter()
+            .flat_map(|b| &b.targets)
+            .map(|&x| f64::from(x))
+    };
+    let count = all().count().max(1) as f64;
+    let mean = all().sum::<f64>() / count;
+    all().map(|x| (x - mean).powi(2)).sum::<f64>() / count
+}
+
+/// The mean over seeds; all curves have the same steps.
+fn mean_curve(cells: &[Cell]) -> Vec<(f64, f64)> {
+    let mut mean = cells.first().map_or(Vec::new(), |cell| cell.curve.clone());
+    for (k, point) in mean.iter_mut().enumerate() {
+        let sum: f64 = cells
+            .iter()
+            .filter_map(|cell| cell.curve.get(k))
+            .map(|p| p.1)
+            .sum();
+        point.1 = sum / cells.len() as f64;
+    }
+    mean
+}
+
 /// Means of at most 120 stretches.
-pub(super) fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let size = points.len().div_ceil(120).max(1);
     points
         .chunks(size)

@@ -1,8 +1,8 @@
 //! Waveforms at another sampling rate than trained (paper 26, LSSL): accuracy as trained, at the other rate with the steps
 //! scaled, and with the steps as they were.
 
-use super::cells::{Cell, Cells, Check, Measured, check_settings, judge, mean, rows};
-use super::signals::Named;
+use super::cells::{Cell, Cells, Check, GoOn, Watch, check_settings, grid, judge, mean, rows};
+use super::signals::{EXPLAINED, Named, SignalRecipe};
 use super::{Recipe, Report};
 use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
@@ -39,6 +39,43 @@ pub struct WaveRecipe {
     pub checks: Vec<Check>,
     /// The models.
     pub models: Vec<Named>,
+    /// What they remember, on a task of its own.
+    #[serde(default)]
+    pub memory: Option<Memory>,
+}
+
+/// Models of real-valued sequences, compared by the share of the targets' variance that they explain.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// The task.
+    pub task: SignalTask,
+    /// Optimiser steps of each run.
+    pub steps: u64,
+    /// Examples of a step.
+    pub examples: usize,
+    /// Test examples.
+    pub test_examples: usize,
+    /// Learning rate of AdamW; a cosine to a tenth after 5 % of warm-up.
+    pub lr: f64,
+    /// The models.
+    pub models: Vec<Named>,
+}
+
+impl Memory {
+    fn recipe(&self) -> SignalRecipe {
+        SignalRecipe {
+            task: self.task.clone(),
+            steps: self.steps,
+            examples: self.examples,
+            test_examples: self.test_examples,
+            lr: self.lr,
+            claimed: Vec::new(),
+            controls: Vec::new(),
+            factor: 1.0,
+            models: self.models.clone(),
+        }
+    }
 }
 
 const TRAINED: &str = "right as trained";
@@ -47,7 +84,17 @@ const KEPT: &str = "right at the other rate, steps kept";
 
 impl WaveRecipe {
     fn names(&self) -> Vec<String> {
-        self.models.iter().map(|m| m.name.clone()).collect()
+        let memory = self.memory.iter().flat_map(|m| &m.models);
+        let models = self.models.iter().chain(memory);
+        models.map(|m| m.name.clone()).collect()
+    }
+
+    /// As many optimiser steps for every training.
+    pub fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+        if let Some(memory) = &mut self.memory {
+            memory.steps = steps;
+        }
     }
 
     /// Refuses what cannot run.
@@ -66,29 +113,33 @@ impl WaveRecipe {
         &self,
         recipe: &Recipe,
         cells: &mut Cells,
-        watch: &mut dyn FnMut(&str, f64) -> bool,
+        watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let mut measured = Measured::new();
-        let total = self.models.len() as f64 * recipe.seeds as f64;
-        for seed in 0..recipe.seeds {
-            for (k, model) in self.models.iter().enumerate() {
-                let name = format!("{}, seed {seed}", model.name);
-                let done = seed as f64 * self.models.len() as f64 + k as f64;
-                let mut go_on = |share: f64| watch(&name, (done + share) / total);
-                let cell = cells.get(&name, || self.one(model, seed, &mut go_on))?;
-                let Some(cell) = cell else { return Ok(None) };
-                measured.entry(model.name.clone()).or_default().push(cell);
-            }
-        }
+        let shared = serde_json::to_value(WaveRecipe {
+            models: Vec::new(),
+            checks: Vec::new(),
+            memory: None,
+            ..self.clone()
+        });
+        let shared = shared.unwrap_or_default();
+        let memory = self.memory.as_ref().map(Memory::recipe);
+        let mut parts = grid(shared, &self.models, recipe.seeds, |model, seed, go_on| {
+            self.one(model, seed, go_on)
+        });
+        parts.extend(memory.iter().flat_map(|m| m.parts(recipe.seeds)));
+        let Some(measured) = cells.make(&parts, watch)? else {
+            return Ok(None);
+        };
         let (holds, required, verdict) = judge(&self.checks, &measured);
-        let measures = [TRAINED, SCALED, KEPT];
+        let rates = [TRAINED, SCALED, KEPT];
+        let measures = [TRAINED, SCALED, KEPT, EXPLAINED];
         let lines: Vec<Curve> = self
             .models
             .iter()
             .map(|model| Curve {
                 name: model.name.clone(),
-                points: measures
+                points: rates
                     .iter()
                     .enumerate()
                     .map(|(k, m)| (k as f64, 100.0 * mean(&measured, &model.name, m)))
@@ -100,7 +151,7 @@ impl WaveRecipe {
             claim: recipe.claim.clone(),
             setting: format!(
                 "sine, saw tooth or square, {} ± {:.0} % periods in {} steps, noise {}; tested at {} steps; {} steps of {} \
-                 examples, AdamW {}, {} seeds, f32 on the CPU",
+                 examples, AdamW {}, {} seeds, f32 on the CPU{}",
                 self.task.periods,
                 100.0 * self.task.jitter,
                 self.task.steps,
@@ -109,13 +160,20 @@ impl WaveRecipe {
                 self.steps,
                 self.examples,
                 self.lr,
-                recipe.seeds
+                recipe.seeds,
+                self.memory.as_ref().map_or(String::new(), |memory| {
+                    let task = serde_json::to_string(&memory.task).unwrap_or_default();
+                    format!(
+                        ". Memory: task {task}, {} steps of {} examples, AdamW {}",
+                        memory.steps, memory.examples, memory.lr
+                    )
+                })
             ),
             measure: format!(
-                "share of {} test examples whose class is right",
+                "share of {} test examples whose class is right; of the memory task, share of the targets' variance that is explained",
                 self.test_examples
             ),
-            baseline: "one third by guessing".into(),
+            baseline: "one third by guessing; 0 of the variance by answering the mean".into(),
             required,
             holds,
             verdict,
@@ -133,12 +191,7 @@ impl WaveRecipe {
         }))
     }
 
-    fn one(
-        &self,
-        model: &Named,
-        seed: u64,
-        go_on: &mut dyn FnMut(f64) -> bool,
-    ) -> Result<Option<Cell>> {
+    fn one(&self, model: &Named, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
         let task = SignalTask::Waveform(self.task.clone());
         let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
         let root = params.root();
