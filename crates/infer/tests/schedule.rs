@@ -319,7 +319,8 @@ fn kept_documents_answer_as_if_read_anew() {
                         *watch = true;
                     }
                     let (tokens, summary) = result(submit(&scheduler, asked)).unwrap();
-                    assert_eq!(tokens[0], *best, "{context}, round {round}");
+                    let count = question.len();
+                    assert_eq!(tokens[0], *best, "{context}, round {round}, {count} tokens");
                     assert_eq!((summary.base, summary.cached), (90, 90));
                     let shares: f32 = summary.looked.iter().map(|(_, share)| share).sum();
                     assert!(

@@ -79,7 +79,8 @@ pub(super) fn piece(
     let most = match spec.exec_block {
         // What these keep depends on their calls.
         _ if spec.rearranges || spec.logits => spec.chunk,
-        Some(block) => budget.div_ceil(block) * block,
+        // Nobody writes: the budget knows no bound.
+        Some(block) => budget.div_ceil(block).saturating_mul(block),
         None => budget,
     };
     most.clamp(1, spec.chunk).min(body)
@@ -348,5 +349,34 @@ impl Answering<'_> {
         })
         .is_break();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_those_of_a_prefill() {
+        let spec = PolicySpec {
+            exec_block: Some(8),
+            whole_question: true,
+            chunk: 16,
+            ..PolicySpec::default()
+        };
+        // (left, a question about a known text, budget, piece)
+        for (left, asks, budget, want) in [
+            (100, false, usize::MAX, 16),
+            (100, false, 3, 8),
+            (6, true, usize::MAX, 6),
+            (6, false, usize::MAX, 5),
+            (9, true, usize::MAX, 8),
+            (1, false, usize::MAX, 1),
+        ] {
+            let found = piece(&spec, left, true, asks, budget);
+            assert_eq!(found, want, "{left} left, budget {budget}");
+        }
+        // Of a document that is only kept, nothing is read alone.
+        assert_eq!(piece(&spec, 6, false, false, usize::MAX), 6);
     }
 }
