@@ -46,6 +46,7 @@ impl Comm for Alone {
 }
 
 /// What one micro-batch gave.
+#[derive(Debug)]
 pub(crate) struct Part {
     /// Its loss.
     pub loss: f64,
