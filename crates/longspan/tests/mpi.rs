@@ -24,7 +24,8 @@ fn train(folder: &Path, run: &str, processes: usize, ranks: usize, steps: usize)
             let mut command = command("mpirun", folder);
             command
                 .args(ANYWHERE)
-                .args([&processes.to_string(), PROGRAM]);
+                .arg(processes.to_string())
+                .arg(PROGRAM);
             command
         }
     };
