@@ -180,7 +180,7 @@ fn mistakes_are_named() {
         &["/no/session", "longspan prepare"],
     );
     fails(&["generate", ""], 1, &["prompt is empty"]);
-    fails(&["--threads", "0", "generate", "a"], 1, &["--threads"]);
+    fails(&["generate", "a", "--threads", "0"], 1, &["--threads"]);
     let two_gb = folder.path().join("huge.txt");
     std::fs::File::create(&two_gb)
         .unwrap()

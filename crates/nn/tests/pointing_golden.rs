@@ -12,12 +12,11 @@ use longspan_data::task::geometry::delaunay::{by_incenter, delaunay};
 use longspan_data::task::geometry::exact::Point;
 use longspan_data::task::geometry::hull::{convex_hull, signed_area};
 use longspan_data::task::geometry::tsp::{held_karp, nearest_neighbour, tour_length};
-use longspan_data::task::{Hint, HintedSort, Sort, Tokens};
 use longspan_kernels::autograd::gradient_error;
 use longspan_nn::model::pointer::{FixedSeq2Seq, Rule, Sets};
 use longspan_nn::model::set2set::{Carry, Similarity, WriteBlock};
 use longspan_nn::model::tagged::permutations;
-use longspan_nn::model::tempered::{log_line, tempered_attention};
+use longspan_nn::model::tempered::tempered_attention;
 use longspan_nn::model::{
     Choose, PtrNet, PtrNetConfig, Set2Seq, Set2SeqConfig, Set2Set, Set2SetConfig, TaggedConfig,
     TaggedLm, Temper, TemperedConfig, TemperedDecoder,
