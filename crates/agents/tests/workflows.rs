@@ -524,8 +524,9 @@ fn writing_reaches_its_length_and_goes_on_after_a_kill() {
         // Only calls of the paragraph under way are made again.
         // What goes on with a paragraph begins with it.
         let steps = |requests: &[Request]| {
-            let fresh = requests.iter().filter(|r| r.answer_prefix.is_empty());
-            fresh
+            requests
+                .iter()
+                .filter(|r| r.answer_prefix.is_empty())
                 .filter(|r| r.input.plain().contains("only this one"))
                 .count()
         };

@@ -12,7 +12,6 @@ use longspan_data::task::geometry::delaunay::{by_incenter, delaunay};
 use longspan_data::task::geometry::exact::Point;
 use longspan_data::task::geometry::hull::{convex_hull, signed_area};
 use longspan_data::task::geometry::tsp::{held_karp, nearest_neighbour, tour_length};
-
 use longspan_kernels::autograd::gradient_error;
 use longspan_nn::model::pointer::{FixedSeq2Seq, Rule, Sets};
 use longspan_nn::model::set2set::{Carry, Similarity, WriteBlock};
