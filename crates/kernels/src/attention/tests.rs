@@ -258,7 +258,7 @@ proptest! {
             for level in Level::available().filter(|&level| level < Level::Amx) {
                 // Integers of about 16 bits on one side or both.
                 let integers = level == Level::Avx512 && args.layout.dtype != KvDtype::F32;
-                assert_like_naive(level, args, if integers { 4e-4 } else { 2e-5 });
+                assert_like_naive(level, args, if integers { 4e-4 } else { 5e-5 });
             }
             if Level::detected() == Level::Amx {
                 assert_like_naive(Level::Amx, args, 1.5e-2);
@@ -278,11 +278,12 @@ proptest! {
             let mut other = out.clone();
             attention(args, &mut out);
             attention(&turned, &mut other);
+            // Logits of some tens (ALiBi) are rounded to some 1e-6, which the exponential passes on.
             let bound = match args.layout.dtype {
-                KvDtype::F32 => 1e-6,
+                KvDtype::F32 => 1e-5,
                 _ if Level::current() == Level::Amx => 2e-2,
-                KvDtype::F16 | KvDtype::Bf16 if Level::current() < Level::Avx512 => 1e-6,
-                _ => 1e-4,
+                KvDtype::F16 | KvDtype::Bf16 if Level::current() < Level::Avx512 => 1e-5,
+                _ => 4e-4,
             };
             let gap = distance(&out, &other);
             assert!(gap <= bound, "off by {gap}");
