@@ -2,6 +2,9 @@
 //!
 //! `LONGSPAN_CPU=portable|avx2|avx512|amx` forces a lower level, so that every path can be
 //! tested on one machine. A level the CPU lacks is refused by [`Level::forced`].
+//!
+//! Beside it what else a process settles about its machine at start: the CPUs it may use, the threads of
+//! the tensor library, and whether freed memory is kept.
 
 use std::sync::OnceLock;
 
@@ -201,6 +204,7 @@ pub fn pin_current_thread(cpu: usize) {
     #[cfg(not(target_os = "linux"))]
     let _ = cpu;
 }
+
 /// Gives the tensor library's own pools so many threads, where the environment says nothing (`CANDLE_NUM_THREADS`,
 /// `RAYON_NUM_THREADS`). By itself it takes the machine's cores, also those that this process may not use, and its threads
 /// spin for each other: a process bound to one core then spends most of its time waiting.

@@ -5,18 +5,9 @@
 //! for the instruction set in question (see `micro::Entries`); that is their safety condition.
 
 use super::layout::bf16_bits;
+use crate::elementwise::EXP2;
 
-/// Coefficients of 2^r on [0, 1), lowest first: minimax in relative error, 1.6e-7 in f32.
-const EXP2: [f32; 6] = [
-    0.99999994,
-    0.693_153_1,
-    0.240_153_62,
-    0.055_826_318,
-    0.008_989_34,
-    0.001_877_576_7,
-];
-
-/// The same of the third degree: 7.5e-5.
+/// [`EXP2`] of the third degree: 7.5e-5.
 #[cfg(target_arch = "x86_64")]
 const EXP2_SHORT: [f32; 4] = [0.999_925_2, 0.695_833_5, 0.226_067_16, 0.078_024_52];
 
@@ -231,7 +222,8 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{EXP2, EXP2_SHORT, Lanes, Portable};
+    use super::{EXP2_SHORT, Lanes, Portable};
+    use crate::elementwise::EXP2;
     use core::arch::x86_64::*;
 
     #[derive(Clone, Copy)]

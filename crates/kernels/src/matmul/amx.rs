@@ -403,6 +403,7 @@ impl Fill for Avx512 {
 mod vectors {
     use super::super::avx512::unpack;
     use super::{Epilogue, Format, GROUP, Gate, Place, ROW_BYTES, Rows, Tile};
+    use crate::elementwise::EXP2;
     use std::arch::x86_64::*;
     use std::ops::Range;
 
@@ -468,16 +469,6 @@ mod vectors {
             }
         }
     }
-
-    /// 2^r on [0, 1), lowest first: 1.6e-7.
-    const EXP2: [f32; 6] = [
-        0.99999994,
-        0.693_153_1,
-        0.240_153_62,
-        0.055_826_318,
-        0.008_989_34,
-        0.001_877_576_7,
-    ];
 
     /// `factor act(x)`, as [`Gate::apply`], `act(x) = x / (1 + e^-z)`: a division takes as long as all the rest, an
     /// approximate reciprocal and one step of Newton's do not.
