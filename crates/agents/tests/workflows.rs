@@ -526,7 +526,7 @@ fn writing_reaches_its_length_and_goes_on_after_a_kill() {
         let steps = |requests: &[Request]| {
             requests
                 .iter()
-                .filter(|r| r.answer_prefix.is_empty())
+                .filter(|r| r.answer_prefix.lines().count() < 3)
                 .filter(|r| r.input.plain().contains("only this one"))
                 .count()
         };
@@ -573,10 +573,10 @@ fn writing_says_what_fails_and_shortens_what_it_shows() {
     assert!(
         error
             .to_string()
-            .contains("wrote nothing for step 1 in 5 tries"),
+            .contains("wrote nothing for step 1 in 9 tries"),
         "{error}"
     );
-    assert_eq!(mute.requests().len(), 5);
+    assert_eq!(mute.requests().len(), 9);
     let tries = AtomicUsize::new(0);
     let late = Scripted::new(move |_| {
         Ok(match tries.fetch_add(1, Ordering::Relaxed) {
@@ -590,7 +590,7 @@ fn writing_says_what_fails_and_shortens_what_it_shows() {
     assert_eq!(late.requests().len(), 2);
     assert_eq!(
         text.paragraphs,
-        [format!("The sea\n\n{}", "wave ".repeat(90).trim())]
+        [format!("## The sea\n\n{}", "wave ".repeat(90).trim())]
     );
     struct Notes(Vec<String>);
     impl longspan_agents::workflow::Observer for Notes {

@@ -37,8 +37,11 @@ pub struct Write {
     #[arg(long, default_value_t = 4096, value_name = "N")]
     pub max_tokens: usize,
     /// How often a paragraph that is too short is gone on with
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 8, value_name = "N")]
     pub extend: usize,
+    /// Lowers the chance of words that stand in the text already, above 1; for models of this program
+    #[arg(long, default_value_t = 1.15, value_name = "R")]
+    pub repetition_penalty: f32,
     #[command(flatten)]
     pub chat_model: ChatModelArgs,
 }
@@ -57,6 +60,7 @@ pub fn write(args: &Write, common: &Common) -> Result<()> {
         temperature: args.temperature,
         seed: args.seed,
         extend: args.extend,
+        repetition_penalty: args.repetition_penalty,
         ..AgentWriteConfig::default()
     };
     let plan: Option<Vec<Step>> = match &args.plan {

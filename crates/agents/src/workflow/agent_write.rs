@@ -31,6 +31,9 @@ pub struct AgentWriteConfig {
     pub short: f64,
     /// At most so often.
     pub extend: usize,
+    /// Of the text, for models that can be given an answer's start (ours): small ones otherwise go round in circles. Not in
+    /// the paper.
+    pub repetition_penalty: f32,
     /// Without the text so far: the paper's ablation.
     pub parallel: bool,
 }
@@ -46,7 +49,8 @@ impl Default for AgentWriteConfig {
             min_matched: 0.8,
             plan_tries: 3,
             short: 0.9,
-            extend: 4,
+            extend: 8,
+            repetition_penalty: 1.15,
             parallel: false,
         }
     }
@@ -429,8 +433,8 @@ impl<'a> AgentWrite<'a> {
         let mut written = String::new();
         // A model that can go on from a given start does so until it ends there; then it is asked for more.
         let mut goes_on = self.model.card().can(Ability::AnswerPrefix);
-        // The start of one that wrote nothing: the small heading that the prompt allows.
-        let heading = format!("{}\n\n", state.plan[index].point);
+        // Its start is the small heading that the prompt allows: without it a small model repeats the prompt.
+        let heading = format!("## {}\n\n", state.plan[index].point);
         for attempt in 0..=self.config.extend {
             let words = count_words(&written);
             if attempt > 0 && words as f64 >= self.config.short * wanted as f64 {
@@ -464,13 +468,13 @@ impl<'a> AgentWrite<'a> {
                     .seed
                     .wrapping_add((index * 100 + attempt) as u64);
                 request = Request::user(prompt).temperature(self.config.temperature, seed);
+                if self.model.card().can(Ability::AnswerPrefix) {
+                    request.sampling.repetition_penalty = self.config.repetition_penalty;
+                }
                 if goes_on && !written.is_empty() {
                     request.answer_prefix = format!("{written}\n\n");
-                } else if goes_on && attempt > 0 {
+                } else if goes_on {
                     request.answer_prefix.clone_from(&heading);
-                    if attempt == 1 {
-                        observer.text(&heading);
-                    }
                 }
                 match self.tokens(&request, self.config.max_tokens.min(rest * 3 + 200)) {
                     Ok(tokens) => {
@@ -604,36 +608,58 @@ pub fn write_prompt(
     )
 }
 
-/// A reply without lines of the prompt's frame or parts of them, lines of a plan, and lines of some length that the text has already: small models
-/// repeat what they were shown.
+/// A reply without lines of the prompt's frame or parts of them, lines of a plan, and lines and sentences of some length
+/// that the text has already: small models repeat what they were shown.
 fn clean(reply: &str, frame: &str, known: &[String]) -> String {
-    let lines = |text: &str| -> HashSet<String> {
-        let lines = text.lines().map(|line| line.trim().to_string());
-        lines.filter(|line| !line.is_empty()).collect()
-    };
-    let shown = lines(frame);
-    let mut written: HashSet<String> = known.iter().flat_map(|text| lines(text)).collect();
+    let frame: HashSet<&str> = filled(frame).collect();
+    let mut written: HashSet<String> = HashSet::new();
+    for line in known.iter().flat_map(|text| filled(text)) {
+        written.extend(sentences(line).map(|sentence| sentence.trim().to_string()));
+    }
     let mut text = String::new();
-    for line in reply.trim().lines().filter(|line| {
+    for line in reply.trim().lines() {
         let line = line.trim();
-        if line.is_empty() {
-            return true;
-        }
         let words = line.split_whitespace().count();
-        let new = !written.contains(line) || words < 8;
-        written.insert(line.into());
-        let repeated = shown
-            .iter()
-            .any(|shown| shown == line || (words >= 4 && shown.contains(line)));
-        new && parse_step(line).is_none() && !repeated
-    }) {
+        let shown = |frame: &&str| *frame == line || (words >= 4 && frame.contains(line));
+        let kept: String = match parse_step(line).is_some() || frame.iter().any(shown) {
+            true => String::new(),
+            false => sentences(line)
+                .filter(|sentence| {
+                    let long = sentence.split_whitespace().count() >= 8;
+                    written.insert(sentence.trim().into()) || !long
+                })
+                .collect(),
+        };
         // What was dropped leaves no gap behind.
-        if !(line.trim().is_empty() && (text.is_empty() || text.ends_with("\n\n"))) {
-            text.push_str(line);
+        if !kept.trim().is_empty()
+            || (line.is_empty() && !text.is_empty() && !text.ends_with("\n\n"))
+        {
+            text.push_str(kept.trim_end());
             text.push('\n');
         }
     }
     text.trim().to_string()
+}
+
+/// Lines that hold something, trimmed.
+fn filled(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|line| !line.is_empty())
+}
+
+/// A line cut after full stops, question and exclamation marks that a space follows; together they are the line.
+fn sentences(line: &str) -> impl Iterator<Item = &str> {
+    let mut rest = line;
+    std::iter::from_fn(move || {
+        let end = rest.char_indices().zip(rest.chars().skip(1));
+        let end = end
+            .filter(|((_, c), next)| matches!(c, '.' | '!' | '?') && *next == ' ')
+            .map(|((at, _), _)| at + 2)
+            .next()
+            .unwrap_or(rest.len());
+        let (sentence, after) = rest.split_at(end);
+        rest = after;
+        (!sentence.is_empty()).then_some(sentence)
+    })
 }
 
 fn last_words(text: &str, words: usize) -> &str {
@@ -724,6 +750,11 @@ mod tests {
         assert_eq!(clean(reply, frame, &known), "Yes.\n\nA new line.");
         let twice = "The keeper lit the lamp before the ships came home.\n".repeat(2);
         assert_eq!(clean(&twice, frame, &[]), twice.lines().next().unwrap());
+        let line = "The keeper lit the lamp before the ships came home. Yes. No. ".repeat(2);
+        assert_eq!(
+            clean(&line, frame, &[]),
+            "The keeper lit the lamp before the ships came home. Yes. No. Yes. No."
+        );
         assert_eq!(
             clean("Paragraph 1 - Main Point: x - Word Count: 3", "", &[]),
             ""
