@@ -2,7 +2,8 @@
 """Training throughput beside PyTorch, in one run: the models of `longspan bench train` written in PyTorch, and the two
 operations behind long mixers. The programs take turns, so that a busy machine slows both.
 
-    python scripts/peers/train_torch.py target/release/longspan [--threads 2] [--rounds 2] [--device cpu|cuda] [--what ...]
+    python scripts/peers/train_torch.py target/release/longspan [--threads 2] [--rounds 2] [--device cpu|cuda]
+        [--numbers f32|tf32|bf16] [--what ...]
 """
 import argparse
 import json
@@ -137,12 +138,13 @@ def sync(device):
 
 def timed(steps, device, f):
     seconds = []
-    for step in range(steps + 1):
+    warm = 1 if device == "cpu" else 5
+    for step in range(steps + warm):
         sync(device)
         start = time.perf_counter()
         f()
         sync(device)
-        if step:
+        if step >= warm:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
@@ -153,7 +155,8 @@ def training(model, args):
     ids = torch.randint(VOCAB, (args.documents, args.length), device=args.device)
 
     def step():
-        logits = model(ids)
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.numbers == "bf16"):
+            logits = model(ids).float()
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
         optimizer.zero_grad()
         loss.backward()
@@ -197,22 +200,25 @@ def main():
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--numbers", choices=["f32", "tf32", "bf16"], default="f32", help="of both programs; torch: autocast for bf16")
     parser.add_argument("--what", default="transformer,mamba2,fft-conv,scan")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = args.numbers == "tf32"
     peers = {
         "transformer": lambda: training(Transformer(), args),
         "mamba2": lambda: training(MambaLm(), args),
         "fft-conv": lambda: fft_conv(args),
         "scan": lambda: scan(args),
     }
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.device}")
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.numbers}")
     for what in args.what.split(","):
         ours, theirs = [], []
         for _ in range(args.rounds):
             command = [args.longspan, "bench", "train", "--json", "--what", what, "--threads", str(args.threads)]
             command += ["--documents", str(args.documents), "--length", str(args.length), "--steps", str(args.steps)]
+            command += ["--device", args.device, "--numbers", args.numbers]
             row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             ours.append(row["tokens_per_second"])
             count, seconds, tokens = peers[what]()

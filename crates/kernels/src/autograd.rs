@@ -3,6 +3,7 @@
 //! A [`Kernel`] says what it computes and how gradients come back; [`apply`] makes it an operation of candle's graph
 //! with any number of inputs, in f32 or f64 (f64 is for tests and for what f32 cannot hold), on the CPU.
 
+use crate::composed::{Composed, composes, node, sigmoid};
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
     WithDType, bail,
@@ -107,11 +108,11 @@ pub trait Kernel: Send + Sync + 'static {
 pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
     let name = kernel.name();
     for input in inputs {
-        if !input.device().is_cpu() || input.dtype() != inputs[0].dtype() {
+        if composes(input) || input.dtype() != inputs[0].dtype() {
             bail!(
-                "{name}: found {:?} on {:?}, expected {:?} on the CPU",
+                "{name}: found {:?} on {:?}, expected {:?} on the CPU: this operation has no form for other devices",
                 input.dtype(),
-                input.device(),
+                input.device().location(),
                 inputs[0].dtype()
             );
         }
@@ -328,9 +329,8 @@ impl<K: Kernel> CustomOp3 for Op<K> {
 
 /// ln(1 + e^x) elementwise, exact for small results too: x to the same shape.
 pub fn softplus(x: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        // max(x, 0) + ln(1 + e^-|x|)
-        return x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
+    if composes(x) {
+        return node(SoftplusComposed, &[x]);
     }
     apply(
         Softplus {
@@ -338,6 +338,27 @@ pub fn softplus(x: &Tensor) -> Result<Tensor> {
         },
         &[x],
     )
+}
+
+struct SoftplusComposed;
+
+impl Composed for SoftplusComposed {
+    fn name(&self) -> &'static str {
+        "softplus"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        // max(x, 0) + ln(1 + e^-|x|); where 1 + e^-|x| would round, the logarithm is e^-|x| (1 - e^-|x| / 2).
+        let small = x[0].abs()?.neg()?.exp()?;
+        let plain = (&small + 1.0)?.log()?;
+        let series = (&small * small.affine(-0.5, 1.0)?)?;
+        let tail = small.lt(1e-3)?.where_cond(&series, &plain)?;
+        x[0].relu()? + tail
+    }
+
+    fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        Ok(vec![(gradient * sigmoid(&x[0])?)?])
+    }
 }
 
 struct Softplus {

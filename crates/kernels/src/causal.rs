@@ -2,15 +2,17 @@
 //! the backward pass makes them again (Dao et al., arXiv 2205.14135, on CPU blocks).
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::composed::{Composed, band, composes, node, wide};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, add_product, add_product_part};
+use crate::learn::{softmax_naive, softmax_pull};
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
 
 /// Queries of a block.
 const ROWS: usize = 64;
 
-/// Softmax attention of queries that are the last of the keys' positions, f32 or f64 on the CPU, differentiable.
+/// Softmax attention of queries that are the last of the keys' positions, differentiable.
 ///
 /// query [heads, t, d], key and value [kv_heads, s, d] to [heads, t, d]. A query sees its own position and the `window` - 1 before.
 pub fn causal_attention(
@@ -37,6 +39,17 @@ pub fn causal_attention(
             value.dims()
         );
     }
+    if composes(query) {
+        let op = Blocks {
+            scale,
+            window,
+            most: SCORES,
+        };
+        return match t {
+            0 => Ok(query.clone()),
+            _ => node(op, &[query, key, value]),
+        };
+    }
     let op = Causal {
         level: Level::current(),
         heads,
@@ -50,6 +63,129 @@ pub fn causal_attention(
     // Behind the outputs stand the logarithms of the softmax's sums.
     let both = apply(op, &[query, key, value])?;
     both.narrow(0, 0, heads * t * d)?.reshape((heads, t, d))
+}
+
+/// Scores that exist at a time in the composed form.
+const SCORES: usize = 1 << 27;
+
+/// The composed form: blocks of queries, each with the keys that one of them sees. Scores are made again for the gradient.
+struct Blocks {
+    scale: f64,
+    window: usize,
+    most: usize,
+}
+
+/// Queries `first..first + rows` and keys `from..from + keys`.
+struct Block {
+    first: usize,
+    rows: usize,
+    from: usize,
+    keys: usize,
+}
+
+impl Blocks {
+    fn blocks(&self, heads: usize, t: usize, s: usize) -> Vec<Block> {
+        let rows = (self.most / (heads * s).max(1)).clamp(1, t);
+        let starts = (0..t).step_by(rows);
+        starts
+            .map(|first| {
+                let rows = rows.min(t - first);
+                let from = (s - t + first + 1).saturating_sub(self.window);
+                let keys = s - t + first + rows - from;
+                Block {
+                    first,
+                    rows,
+                    from,
+                    keys,
+                }
+            })
+            .collect()
+    }
+
+    /// Queries of a block, times the scale, those of a key head side by side: [kv_heads, group rows, d].
+    fn queries(&self, query: &Tensor, b: &Block, kv_heads: usize) -> Result<Tensor> {
+        let (heads, _, d) = query.dims3()?;
+        (query.narrow(1, b.first, b.rows)?.contiguous()? * self.scale)?.reshape((
+            kv_heads,
+            heads / kv_heads * b.rows,
+            d,
+        ))
+    }
+
+    /// Weights of a block, in the type of sums: [kv_heads, group rows, keys].
+    fn weights(&self, queries: &Tensor, keys: &Tensor, b: &Block, offset: usize) -> Result<Tensor> {
+        let scores = wide(&queries.matmul(&keys.transpose(1, 2)?)?)?;
+        let (kv_heads, wide_rows, count) = scores.dims3()?;
+        let band = band(
+            (offset + b.first, b.rows),
+            (b.from, b.keys),
+            self.window,
+            scores.device(),
+        )?
+        .to_dtype(scores.dtype())?;
+        let scores = scores
+            .reshape((kv_heads * (wide_rows / b.rows), b.rows, count))?
+            .broadcast_add(&band)?;
+        softmax_naive(&scores)?.reshape((kv_heads, wide_rows, count))
+    }
+}
+
+impl Composed for Blocks {
+    fn name(&self) -> &'static str {
+        "causal_attention"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        let (heads, t, d) = x[0].dims3()?;
+        let (kv_heads, s, _) = x[1].dims3()?;
+        let mut parts = Vec::new();
+        for b in self.blocks(heads, t, s) {
+            let queries = self.queries(&x[0], &b, kv_heads)?;
+            let keys = x[1].narrow(1, b.from, b.keys)?;
+            let weights = self.weights(&queries, &keys, &b, s - t)?;
+            let values = x[2].narrow(1, b.from, b.keys)?;
+            let y = weights.to_dtype(x[2].dtype())?.matmul(&values)?;
+            parts.push(y.reshape((heads, b.rows, d))?);
+        }
+        Tensor::cat(&parts, 1)
+    }
+
+    fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        let (heads, t, d) = x[0].dims3()?;
+        let (kv_heads, s, _) = x[1].dims3()?;
+        let mut grad_query = Vec::new();
+        let (mut grad_key, mut grad_value): (Option<Tensor>, Option<Tensor>) = (None, None);
+        // A block's share, in its place among all keys.
+        let add = |sum: &mut Option<Tensor>, part: Tensor, b: &Block| -> Result<()> {
+            let part = part.pad_with_zeros(1, b.from, s - b.from - b.keys)?;
+            *sum = Some(match sum.take() {
+                Some(sum) => (sum + part)?,
+                None => part,
+            });
+            Ok(())
+        };
+        for b in self.blocks(heads, t, s) {
+            let queries = self.queries(&x[0], &b, kv_heads)?;
+            let keys = x[1].narrow(1, b.from, b.keys)?;
+            let values = x[2].narrow(1, b.from, b.keys)?;
+            let weights = self.weights(&queries, &keys, &b, s - t)?;
+            let grad = gradient
+                .narrow(1, b.first, b.rows)?
+                .contiguous()?
+                .reshape(queries.shape())?;
+            let grad_weights = wide(&grad.matmul(&values.transpose(1, 2)?)?)?;
+            let slopes = softmax_pull(&weights, &grad_weights)?.to_dtype(x[0].dtype())?;
+            let weights = weights.to_dtype(x[2].dtype())?;
+            add(&mut grad_value, weights.transpose(1, 2)?.matmul(&grad)?, &b)?;
+            add(&mut grad_key, slopes.transpose(1, 2)?.matmul(&queries)?, &b)?;
+            let part = (slopes.matmul(&keys)? * self.scale)?;
+            grad_query.push(part.reshape((heads, b.rows, d))?);
+        }
+        match (grad_key, grad_value) {
+            (Some(key), Some(value)) => Ok(vec![Tensor::cat(&grad_query, 1)?, key, value]),
+            _ => bail!("causal attention: found no queries"),
+        }
+    }
 }
 
 struct Causal {

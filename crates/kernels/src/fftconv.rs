@@ -5,9 +5,12 @@
 //! the parts do not mix.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::composed::{composes, node};
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
 use rustfft::num_complex::Complex;
+
+mod products;
 
 /// u [batch, channels, length], kernel [channels, taps], reverse [channels, taps] to [batch, channels, length].
 /// Differentiable in all. Taps beyond the length have no effect.
@@ -24,6 +27,15 @@ pub fn fft_conv(u: &Tensor, kernel: &Tensor, reverse: Option<&Tensor>) -> Result
         taps: taps(kernel)?,
         reverse_taps: reverse.map(taps).transpose()?,
     };
+    if composes(u) {
+        if length == 0 || batch * channels == 0 {
+            return Ok(u.clone());
+        }
+        return match reverse {
+            Some(reverse) => node(products::Conv, &[u, kernel, reverse]),
+            None => node(products::Conv, &[u, kernel]),
+        };
+    }
     match reverse {
         Some(reverse) => apply(op, &[u, kernel, reverse]),
         None => apply(op, &[u, kernel]),

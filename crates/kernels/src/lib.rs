@@ -10,6 +10,7 @@ pub mod autograd;
 pub mod block_scores;
 pub mod causal;
 pub mod centroids;
+pub mod composed;
 pub mod cpu;
 pub mod dense;
 pub mod elementwise;

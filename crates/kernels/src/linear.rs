@@ -2,13 +2,14 @@
 //! small models, where transposes, broadcasts and gradients of constants cost as much as the products.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::composed::{Composed, composes, node, sum_rows, wide};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, add_product};
 use crate::elementwise::split_rows;
 use crate::pool::SharedMut;
 use candle_core::{Result, Tensor, bail};
 
-/// x [.., inputs], weight [outputs, inputs], bias [outputs] to [.., outputs]. On the CPU, in f32 or f64.
+/// x [.., inputs], weight [outputs, inputs], bias [outputs] to [.., outputs].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs]);
@@ -23,6 +24,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = outputs;
+    }
+    if composes(x) {
+        return match bias {
+            Some(bias) => node(LinearComposed, &[x, weight, bias]),
+            None => node(LinearComposed, &[x, weight]),
+        };
     }
     let op = Linear {
         level: Level::current(),
@@ -51,6 +58,33 @@ pub fn linear_naive(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resul
         None => y,
     };
     y.reshape(shape)
+}
+
+struct LinearComposed;
+
+impl Composed for LinearComposed {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        linear_naive(&x[0], &x[1], x.get(2))
+    }
+
+    fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        let (outputs, inputs) = x[1].dims2()?;
+        let rows = x[0].elem_count() / inputs.max(1);
+        let gradient = gradient.reshape((rows, outputs))?;
+        let read = x[0].reshape((rows, inputs))?;
+        let mut out = vec![
+            gradient.matmul(&x[1])?.reshape(x[0].shape())?,
+            gradient.t()?.matmul(&read)?,
+        ];
+        if let Some(bias) = x.get(2) {
+            out.push(sum_rows(&wide(&gradient)?)?.to_dtype(bias.dtype())?);
+        }
+        Ok(out)
+    }
 }
 
 struct Linear {

@@ -75,7 +75,7 @@ fn dense(parts: &[DensePart], x: &Tensor) -> Result<Vec<Tensor>> {
     let outputs = parts.iter().map(|part| {
         let (weight, bias) = (&part.weight, part.bias.as_ref());
         let same = |t: &Tensor| t.dtype() == x.dtype();
-        if x.track_op() && learn::fits(x) && same(weight) && bias.is_none_or(same) {
+        if (x.track_op() || !learn::fits(x)) && same(weight) && bias.is_none_or(same) {
             return linear::linear(x, weight, bias);
         }
         linear::linear_naive(x, weight, bias)
@@ -133,12 +133,7 @@ impl RmsNorm {
             })?;
             return Tensor::from_vec(out, x.shape(), &Device::Cpu);
         }
-        if learn::fits(x) && self.weight.dtype() == x.dtype() {
-            return learn::rms_norm(x, &self.weight, self.eps);
-        }
-        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
-        x.broadcast_div(&(mean + self.eps)?.sqrt()?)?
-            .broadcast_mul(&self.weight)
+        learn::rms_norm(x, &self.weight.to_dtype(x.dtype())?, self.eps)
     }
 }
 
@@ -214,7 +209,7 @@ impl Embedding {
     /// ids (checked by the caller to be below the vocabulary size) to [tokens, width].
     pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
-            Embedding::Dense(weight) => weight.index_select(&Tensor::new(ids, weight.device())?, 0),
+            Embedding::Dense(weight) => crate::composed::rows(weight, ids),
             Embedding::Packed(matrix) => {
                 let width = matrix.cols();
                 let mut out = uninit(ids.len() * width);
@@ -345,8 +340,7 @@ pub fn gated_mlp(
     let both = norm_linears(x, norm, gate_up, &[width, width])?;
     let (g, up) = (&both[0], &both[1]); // [tokens, intermediate] each
     let hidden = match gate {
-        Gate::Silu if learn::fits(g) => learn::silu_gate(g, Some(up))?,
-        Gate::Silu => (g.silu()? * up)?,
+        Gate::Silu => learn::silu_gate(&g.contiguous()?, Some(&up.contiguous()?))?,
         Gate::GeluTanh => (g.gelu()? * up)?,
     };
     linear_residual(&hidden, down, post_norm, x)

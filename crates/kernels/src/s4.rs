@@ -5,11 +5,13 @@
 //! [heads, channels, n, 2]; out [heads, channels, length]. Complex tensors have a last axis of 2.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::composed::composes;
 use crate::pool::{Pool, SharedMut};
 use crate::vandermonde::{
     cauchy_many, cauchy_many_backward, complex, pairs, vandermonde_add, vandermonde_backward,
+    vandermonde_composed,
 };
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rustfft::num_complex::Complex64 as C;
 
 /// How a diagonal system is made discrete.
@@ -57,6 +59,9 @@ pub fn diagonal_kernel(
     discretisation: Discretisation,
 ) -> Result<Tensor> {
     let sizes = sizes(dt, a, b, c)?;
+    if composes(c) && matches!(discretisation, Discretisation::Zoh) {
+        return zoh_composed(dt, a, b, c, length);
+    }
     let op = Diagonal {
         sizes,
         length,
@@ -93,6 +98,43 @@ pub fn dplr_kernel(
         length,
     };
     apply(op, &[dt, a, b, p, c])
+}
+
+/// [`diagonal_kernel`] with zero-order hold in candle's operations, in f64.
+fn zoh_composed(dt: &Tensor, a: &Tensor, b: &Tensor, c: &Tensor, length: usize) -> Result<Tensor> {
+    let (heads, channels, n, _) = c.dims4()?;
+    let wide = |t: &Tensor| t.to_dtype(DType::F64);
+    let parts = |t: &Tensor| -> Result<(Tensor, Tensor)> {
+        let (t, last) = (wide(t)?, t.rank() - 1);
+        let part = |at: usize| t.narrow(last, at, 1)?.squeeze(last)?.contiguous();
+        Ok((part(0)?, part(1)?))
+    };
+    let times = |(ar, ai): (&Tensor, &Tensor), (br, bi): (&Tensor, &Tensor)| {
+        let re = (ar.broadcast_mul(br)? - ai.broadcast_mul(bi)?)?;
+        let im = (ar.broadcast_mul(bi)? + ai.broadcast_mul(br)?)?;
+        Ok::<_, candle_core::Error>((re, im))
+    };
+    let dt = wide(dt)?.unsqueeze(1)?; // [channels, 1]
+    let ((ar, ai), (br, bi), (cr, ci)) = (parts(a)?, parts(b)?, parts(c)?);
+    let (xr, xi) = (ar.broadcast_mul(&dt)?, ai.broadcast_mul(&dt)?);
+    // (e^x - 1) / a: times the conjugate, over the square of the size
+    let size = xr.exp()?;
+    let (gr, gi) = (((&size * xi.cos()?)? - 1.0)?, (&size * xi.sin()?)?);
+    let square = (ar.sqr()? + ai.sqr()?)?;
+    let (fr, fi) = times((&gr, &gi), (&ar, &ai.neg()?))?;
+    let (fr, fi) = ((fr / &square)?, (fi / &square)?);
+    let (vr, vi) = times((&fr, &fi), (&br, &bi))?; // [channels, n]
+    let (vr, vi) = times((&cr, &ci), (&vr, &vi))?; // [heads, channels, n]
+    let shape = (heads * channels, n, 2);
+    let v = Tensor::stack(&[vr, vi], 3)?.reshape(shape)?;
+    let x = Tensor::stack(&[xr, xi], 2)?
+        .unsqueeze(0)?
+        .broadcast_as((heads, channels, n, 2))?
+        .contiguous()?
+        .reshape(shape)?;
+    vandermonde_composed(&v, &x, length)?
+        .reshape((heads, channels, length))?
+        .to_dtype(c.dtype())
 }
 
 struct Diagonal {

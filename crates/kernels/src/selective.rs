@@ -4,6 +4,7 @@
 //! states as vector lanes. Only states at chunk borders are kept for the backward pass, which makes the rest again.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::composed::{composes, doubling};
 use crate::cpu::Level;
 use crate::elementwise;
 use crate::pool::{Pool, SharedMut};
@@ -72,10 +73,35 @@ impl SelectiveScan<'_> {
         let op = self.op()?;
         let (b, l, d, n) = (op.batch, op.length, op.channels, op.state);
         let start = self.start(&op)?;
+        if composes(self.u) {
+            return self.composed(&start);
+        }
         let all = apply(op, &[self.u, self.dt, self.a, self.b, self.c, &start])?;
         let y = all.narrow(0, 0, b * l * d)?.reshape((b, l, d))?;
         let state = all.narrow(0, b * l * d, b * d * n)?.reshape((b, d, n))?;
         Ok((y, state))
+    }
+
+    /// [`run`](Self::run) in candle's operations: a scan by doubling over all states of all steps, O(length log length) work and
+    /// O(length channels state) memory.
+    fn composed(&self, start: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (b, l, d) = self.u.dims3()?;
+        let n = self.a.dim(1)?;
+        if l == 0 {
+            return Ok((self.u.clone(), start.clone()));
+        }
+        let decay = self
+            .dt
+            .unsqueeze(3)?
+            .broadcast_mul(&self.a.reshape((1, 1, d, n))?)?
+            .exp()?; // [batch, length, channels, state]
+        let write = (self.dt * self.u)?
+            .unsqueeze(3)?
+            .broadcast_mul(&self.b.unsqueeze(2)?)?;
+        let states = doubling(&decay, &write, start)?;
+        let y = states.broadcast_mul(&self.c.unsqueeze(2)?)?.sum(3)?;
+        let last = states.narrow(1, l - 1, 1)?.reshape((b, d, n))?;
+        Ok((y, last))
     }
 
     /// The naive twin: the definition, in f64, without gradients. Same results as [`run`](Self::run).

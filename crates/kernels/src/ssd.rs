@@ -7,6 +7,7 @@
 mod fused;
 
 use crate::autograd::apply;
+use crate::composed::{band, composes, wide};
 use crate::cpu::Level;
 use candle_core::{DType, Result, Tensor, bail};
 use fused::Fused;
@@ -86,8 +87,7 @@ impl Scan<'_> {
         if chunk == 0 {
             bail!("ssd: found chunk size 0, expected 1 or more");
         }
-        let plain = matches!(self.x.dtype(), DType::F32 | DType::F64);
-        if !self.x.device().is_cpu() || !plain || s.length == 0 {
+        if composes(self.x) || s.length == 0 {
             return self.composed(chunk);
         }
         let op = Fused {
@@ -110,77 +110,110 @@ impl Scan<'_> {
         ))
     }
 
-    /// [`chunked`](Self::chunked) in candle's operations, for any device.
+    /// [`chunked`](Self::chunked) in candle's operations, for any device: all chunks at once, and the states between them as one
+    /// more product (the matrix form of Mamba-2, Dao and Gu, arXiv 2405.21060).
     pub fn composed(&self, chunk: usize) -> Result<(Tensor, Tensor)> {
         let s = self.sizes()?;
-        let mut state = self.start(&s)?;
-        let mut outputs = Vec::new();
-        for start in (0..s.length).step_by(chunk) {
-            let q = chunk.min(s.length - start);
-            let y;
-            (y, state) = self.one_chunk(&s, start, q, &state)?;
-            outputs.push(y);
+        let start = self.start(&s)?;
+        if s.length == 0 {
+            return Ok((self.x.clone(), start));
         }
-        if outputs.is_empty() {
-            return Ok((self.x.clone(), state));
-        }
-        Ok((Tensor::cat(&outputs, 1)?, state))
-    }
-
-    fn one_chunk(
-        &self,
-        s: &Sizes,
-        start: usize,
-        q: usize,
-        state: &Tensor,
-    ) -> Result<(Tensor, Tensor)> {
         let (dtype, device) = (self.x.dtype(), self.x.device());
-        // [batch, q, heads] -> [batch, heads, q]
-        let dt = self.dt.narrow(1, start, q)?.transpose(1, 2)?.contiguous()?;
-        let log_decay = dt.broadcast_mul(&self.a.reshape((1, s.heads, 1))?)?;
-        let lower: Vec<f32> = (0..q)
-            .flat_map(|i| (0..q).map(move |j| if j <= i { 1.0 } else { 0.0 }))
-            .collect();
-        let lower = Tensor::from_vec(lower, (q, q), device)?.to_dtype(dtype)?;
-        // Inclusive running sum c_i = Σ_{k<=i} dt_k A: [batch, heads, q]
-        let sum = log_decay
-            .reshape((s.batch * s.heads, q))?
-            .matmul(&lower.t()?)?
-            .reshape((s.batch, s.heads, q))?;
-        let heads_first = |t: &Tensor| t.narrow(1, start, q)?.transpose(1, 2)?.contiguous();
-        let x = heads_first(self.x)?; // [batch, heads, q, head_dim]
-        let group = |t: &Tensor| -> Result<Tensor> {
-            let (groups, n) = (t.dim(2)?, s.state);
-            heads_first(t)?
-                .unsqueeze(2)?
-                .broadcast_as((s.batch, groups, s.heads / groups, q, n))?
-                .contiguous()?
-                .reshape((s.batch, s.heads, q, n))
+        let q = chunk.min(s.length);
+        let chunks = s.length.div_ceil(q);
+        let (groups, n, p) = (self.b.dim(2)?, s.state, s.head_dim);
+        let share = s.heads / groups;
+        let all = s.batch * chunks;
+        // Steps of size 0 neither forget nor write.
+        let padded = |t: &Tensor| t.pad_with_zeros(1, 0, chunks * q - s.length);
+        // [batch, length, count, width] -> [batch chunks, count, q, width]
+        let cut = |t: &Tensor, count: usize, width: usize| {
+            padded(t)?
+                .reshape((all, q, count, width))?
+                .transpose(1, 2)?
+                .contiguous()
         };
-        let (b, c) = (group(self.b)?, group(self.c)?); // [batch, heads, q, state]
-        let written = x.broadcast_mul(&dt.unsqueeze(3)?)?; // dt_j x_j
-        // Decay from j to i: e^{c_i - c_j} for j <= i. Above the diagonal the difference is made 0 before the
-        // exponential (it would be positive there), then masked.
-        let difference = sum.unsqueeze(3)?.broadcast_sub(&sum.unsqueeze(2)?)?;
-        let decay = difference
-            .broadcast_mul(&lower)?
+        let dt = padded(&wide(self.dt)?)?
+            .reshape((all, q, s.heads))?
+            .transpose(1, 2)?
+            .contiguous()?; // [all, heads, q]
+        let log_decay = dt.broadcast_mul(&wide(self.a)?.reshape((1, s.heads, 1))?)?;
+        // Inclusive running sums c_i = Σ_{k<=i} dt_k A, in f64: products with ones may be made in fewer digits elsewhere.
+        let sum = running(&log_decay.reshape((all * s.heads, q))?)?; // [all heads, q]
+        let last = sum.narrow(1, q - 1, 1)?; // [all heads, 1]
+        let x = cut(self.x, s.heads, p)?;
+        let x = x.broadcast_mul(&dt.to_dtype(dtype)?.unsqueeze(3)?)?; // dt_j x_j
+        let (b, c) = (cut(self.b, groups, n)?, cut(self.c, groups, n)?);
+        let (b, c) = (
+            b.reshape((all * groups, q, n))?,
+            c.reshape((all * groups, q, n))?,
+        );
+        // Decay from j to i: e^{c_i - c_j} for j <= i, 0 elsewhere.
+        let decay = sum
+            .unsqueeze(2)?
+            .broadcast_sub(&sum.unsqueeze(1)?)?
+            .broadcast_add(&lower(q, sum.dtype(), device)?)?
             .exp()?
-            .broadcast_mul(&lower)?;
-        let scores = (c.matmul(&b.transpose(2, 3)?.contiguous()?)? * decay)?; // [batch, heads, q, q]
-        let within = scores.matmul(&written)?;
-        // What the carried state still gives: e^{c_i} S C_i
-        let carried = c
-            .matmul(&state.transpose(2, 3)?.contiguous()?)?
-            .broadcast_mul(&sum.exp()?.unsqueeze(3)?)?;
-        let y = (within + carried)?.transpose(1, 2)?.contiguous()?;
-        let last = sum.narrow(2, q - 1, 1)?; // [batch, heads, 1]
-        let to_end = last.broadcast_sub(&sum)?.exp()?.unsqueeze(3)?;
-        let added = written
-            .broadcast_mul(&to_end)?
+            .to_dtype(dtype)?
+            .reshape((all * groups, share, q, q))?;
+        let scores = c.matmul(&b.transpose(1, 2)?)?.unsqueeze(1)?; // [all groups, 1, q, q]
+        let within = decay
+            .broadcast_mul(&scores)?
+            .reshape((all * s.heads, q, q))?
+            .matmul(&x.reshape((all * s.heads, q, p))?)?; // [all heads, q, p]
+        // What each chunk adds to the state: [all groups, share p, n]
+        let to_end = last.broadcast_sub(&sum)?.exp()?.to_dtype(dtype)?;
+        let added = x
+            .broadcast_mul(&to_end.reshape((all, s.heads, q, 1))?)?
             .transpose(2, 3)?
             .contiguous()?
-            .matmul(&b)?; // [batch, heads, head_dim, state]
-        let next = (state.broadcast_mul(&last.exp()?.unsqueeze(3)?)? + added)?;
+            .reshape((all * groups, share * p, q))?
+            .matmul(&b)?;
+        // States before each chunk and after the last: a product with the decays from chunk to chunk.
+        let by_head = |t: &Tensor, width: usize| {
+            t.reshape((s.batch, chunks, s.heads, width))?
+                .transpose(1, 2)?
+                .contiguous()?
+                .reshape((s.batch * s.heads, chunks, width))
+        };
+        let totals = running(&by_head(&last, 1)?.squeeze(2)?)?; // C_i: [batch heads, chunks]
+        let zero = Tensor::zeros((s.batch * s.heads, 1), totals.dtype(), device)?;
+        let totals = Tensor::cat(&[&zero, &totals], 1)?; // C_0 = 0, then as above
+        let decay = totals
+            .unsqueeze(2)?
+            .broadcast_sub(&totals.unsqueeze(1)?)?
+            .broadcast_add(&lower(chunks + 1, totals.dtype(), device)?)?
+            .exp()?
+            .to_dtype(dtype)?; // [batch heads, chunks + 1, chunks + 1]
+        let start = start.reshape((s.batch * s.heads, 1, p * n))?;
+        let states = decay.matmul(&Tensor::cat(&[&start, &by_head(&added, p * n)?], 1)?)?;
+        let next = states
+            .narrow(1, chunks, 1)?
+            .contiguous()?
+            .reshape((s.batch, s.heads, p, n))?;
+        let before = states
+            .narrow(1, 0, chunks)?
+            .reshape((s.batch, s.heads, chunks, p * n))?
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((all * groups, share * p, n))?;
+        // What the carried state still gives: e^{c_i} S C_i
+        let carried = c
+            .matmul(&before.transpose(1, 2)?)?
+            .reshape((all, groups, q, share, p))?
+            .transpose(2, 3)?
+            .contiguous()?
+            .reshape((all * s.heads, q, p))?
+            .broadcast_mul(&sum.exp()?.to_dtype(dtype)?.unsqueeze(2)?)?;
+        let y = (within + carried)?
+            .reshape((all, s.heads, q, p))?
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((s.batch, chunks * q, s.heads, p))?;
+        let y = match chunks * q == s.length {
+            true => y,
+            false => y.narrow(1, 0, s.length)?.contiguous()?,
+        };
         Ok((y, next))
     }
 
@@ -219,6 +252,21 @@ impl Scan<'_> {
             Tensor::from_vec(state, shape, self.x.device())?.to_dtype(dtype)?,
         ))
     }
+}
+
+/// Inclusive running sums of the rows of x [rows, n], made in f64.
+fn running(x: &Tensor) -> Result<Tensor> {
+    let n = x.dim(1)?;
+    let upper: Vec<f64> = (0..n * n)
+        .map(|at| if at / n <= at % n { 1.0 } else { 0.0 })
+        .collect();
+    let upper = Tensor::from_vec(upper, (n, n), x.device())?;
+    x.to_dtype(DType::F64)?.matmul(&upper)?.to_dtype(x.dtype())
+}
+
+/// 0 on and below the diagonal, far below 0 above it: [n, n].
+fn lower(n: usize, dtype: DType, device: &candle_core::Device) -> Result<Tensor> {
+    band((0, n), (0, n), usize::MAX, device)?.to_dtype(dtype)
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@
 //! Complex tensors are real ones with a last axis of 2.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::composed::composes;
 use crate::cpu::Level;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use rustfft::num_complex::Complex64 as C;
 
 /// Reads complex numbers stored as (re, im).
@@ -371,12 +372,50 @@ fn vandermonde_back_body(v: &[C], x: &[C], gradient: &[f64]) -> (Vec<C>, Vec<C>)
 /// v [rows, n, 2], x [rows, n, 2] to [rows, length].
 pub fn vandermonde(v: &Tensor, x: &Tensor, length: usize) -> Result<Tensor> {
     let (rows, terms) = check("vandermonde", v, x)?;
+    if composes(v) {
+        let dtype = v.dtype();
+        let (v, x) = (v.to_dtype(DType::F64)?, x.to_dtype(DType::F64)?);
+        return vandermonde_composed(&v, &x, length)?.to_dtype(dtype);
+    }
     let op = Vandermonde {
         rows,
         terms,
         length,
     };
     apply(op, &[v, x])
+}
+
+/// [`vandermonde`] of f64 tensors in candle's operations: with l = q i + j, the sum is a product of v e^{q i x} and e^{j x}, and
+/// only O(sqrt(length)) powers of each term exist.
+pub(crate) fn vandermonde_composed(v: &Tensor, x: &Tensor, length: usize) -> Result<Tensor> {
+    let (rows, terms, _) = v.dims3()?;
+    let device = v.device();
+    if length == 0 {
+        return Tensor::zeros((rows, 0), DType::F64, device);
+    }
+    let columns = (length as f64).sqrt().ceil() as usize;
+    let lines = length.div_ceil(columns);
+    let part = |t: &Tensor, at: usize| t.narrow(2, at, 1)?.contiguous(); // [rows, terms, 1]
+    let (re, im) = (part(x, 0)?, part(x, 1)?);
+    // e^{l x} for these l: real and imaginary parts, [rows, terms, count]
+    let powers = |count: usize, every: usize| -> Result<(Tensor, Tensor)> {
+        let steps: Vec<f64> = (0..count).map(|l| (l * every) as f64).collect();
+        let steps = Tensor::from_vec(steps, (1, 1, count), device)?;
+        let size = re.broadcast_mul(&steps)?.exp()?;
+        let angle = im.broadcast_mul(&steps)?;
+        Ok(((&size * angle.cos()?)?, (&size * angle.sin()?)?))
+    };
+    let ((fr, fi), (cr, ci)) = (powers(lines, columns)?, powers(columns, 1)?);
+    let (vr, vi) = (part(v, 0)?, part(v, 1)?);
+    let left_re = (fr.broadcast_mul(&vr)? - fi.broadcast_mul(&vi)?)?;
+    let left_im = (fr.broadcast_mul(&vi)? + fi.broadcast_mul(&vr)?)?;
+    // Re(a b) = Re a Re b - Im a Im b: [rows, lines, 2 terms] times [rows, 2 terms, columns]
+    let left = Tensor::cat(&[left_re, left_im.neg()?], 1)?;
+    let right = Tensor::cat(&[cr, ci], 1)?;
+    let all = left.transpose(1, 2)?.contiguous()?.matmul(&right)?;
+    let all = all.reshape((rows, lines * columns))?;
+    debug_assert_eq!(left.dim(1)?, 2 * terms);
+    all.narrow(1, 0, length)?.contiguous()? * 2.0
 }
 
 struct Vandermonde {

@@ -101,7 +101,10 @@ fn status(key: &str) -> u64 {
 }
 
 /// Runs `f` and says how many bytes more than before were held at its peak.
-fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+fn peak<T>(device: &Device, f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    if !device.is_cpu() {
+        return watched(device, f);
+    }
     // Linux sets the mark of the highest use back to the present one.
     let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
     let before = status("VmRSS:");
@@ -113,20 +116,64 @@ fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     Ok((value, bytes))
 }
 
-fn measure(mixer: &dyn SequenceMixer, length: usize, width: usize, repeat: usize) -> Result<Point> {
+/// Free and all bytes of a GPU's memory, those that its pool holds unused counted as taken.
+#[cfg(feature = "cuda")]
+fn gpu_memory(device: &Device) -> Option<(u64, u64)> {
+    let Device::Cuda(_) = device else { return None };
+    let (free, total) = candle_core::cuda::cudarc::driver::result::mem_get_info().ok()?;
+    Some((free as u64, total as u64))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu_memory(_: &Device) -> Option<(u64, u64)> {
+    None
+}
+
+/// Runs `f` while another thread asks the GPU how much of its memory is taken, a thousand times a second; what its pool held
+/// before is given back first, so that what is taken is what was asked for.
+fn watched<T>(device: &Device, f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    device.synchronize()?;
+    let before = gpu_memory(device).map_or(0, |(free, _)| free);
+    let (least, done) = (AtomicU64::new(before), AtomicBool::new(false));
+    let value = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                if let Some((free, _)) = gpu_memory(device) {
+                    least.fetch_min(free, Ordering::Relaxed);
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        });
+        let value = f();
+        done.store(true, Ordering::Relaxed);
+        value
+    })?;
+    Ok((value, before.saturating_sub(least.load(Ordering::Relaxed))))
+}
+
+fn measure(
+    mixer: &dyn SequenceMixer,
+    length: usize,
+    width: usize,
+    repeat: usize,
+    device: &Device,
+) -> Result<Point> {
     let values: Vec<f32> = (0..length * width)
         .map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0)
         .collect();
-    let x = Var::from_tensor(&Tensor::from_vec(values, (1, length, width), &Device::Cpu)?)?;
+    let x = Var::from_tensor(&Tensor::from_vec(values, (1, length, width), device)?)?;
     let (mut forward, mut both, mut bytes) = (f64::INFINITY, f64::INFINITY, 0);
     for _ in 0..repeat.max(1) {
         let start = Instant::now();
         mixer.forward(&x.as_detached_tensor(), None)?;
+        device.synchronize()?;
         forward = forward.min(start.elapsed().as_secs_f64());
         let start = Instant::now();
-        let ((), held) = peak(|| {
+        let ((), held) = peak(device, || {
             let (y, _) = mixer.forward(x.as_tensor(), None)?;
             y.sum_all()?.backward()?;
+            device.synchronize()?;
             Ok(())
         })?;
         both = both.min(start.elapsed().as_secs_f64());
@@ -160,6 +207,7 @@ fn too_much(points: &[Point], next: usize, most_seconds: f64, free: Option<u64>)
 
 /// Runs the bench.
 pub fn run(args: &MixersBench, common: &Common) -> Result<()> {
+    let device = crate::models::device(common)?;
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     for text in &args.mixers {
@@ -169,16 +217,36 @@ pub fn run(args: &MixersBench, common: &Common) -> Result<()> {
             println!("{text}, width {}", args.width);
         }
         for &length in &lengths {
-            let free = crate::reading::free_memory();
+            let free = match device.is_cpu() {
+                true => crate::reading::free_memory(),
+                false => gpu_memory(&device).map(|(free, _)| free),
+            };
             if too_much(&points, length, args.most_seconds, free) {
                 break;
             }
-            let store = ParamStore::new(1, DType::F32, &Device::Cpu);
-            let mixer = parse(text, length)?.build(args.width, &store.root(), &store.root())?;
+            let store = ParamStore::new(1, DType::F32, &device);
+            let mixer = parse(text, length)?.build(args.width, &store.root(), &store.root());
+            let mixer = match mixer {
+                Ok(mixer) => mixer,
+                // Others of the list may run there.
+                Err(error) if !device.is_cpu() => {
+                    eprintln!("{error}");
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            };
             if mixer.spec().state == StateKind::Fixed {
                 state = mixer.init_state(1)?.bytes();
             }
-            let point = measure(&*mixer, length, args.width, args.repeat)?;
+            let point = measure(&*mixer, length, args.width, args.repeat, &device);
+            let point = match point {
+                Ok(point) => point,
+                Err(error) if !device.is_cpu() => {
+                    eprintln!("{text} at {length} tokens: {error:#}");
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             if !common.json {
                 println!(
                     "  {length:>7} tokens  forward {:>10.2} ms  with backward {:>10.2} ms  peak {:>9}",
@@ -241,7 +309,7 @@ mod tests {
             let store = ParamStore::new(1, DType::F32, &Device::Cpu);
             let config = parse(text, 16).unwrap();
             let mixer = config.build(64, &store.root(), &store.root()).unwrap();
-            let point = measure(&*mixer, 16, 64, 1).unwrap();
+            let point = measure(&*mixer, 16, 64, 1, &Device::Cpu).unwrap();
             assert!(point.forward > 0.0 && point.both > 0.0, "{text}");
         }
         for wrong in ["s99", "s4:d_state", "rnn:cell=lstmm"] {

@@ -1,9 +1,9 @@
 //! `longspan bench train`: training throughput of a transformer and a Mamba-2 of about 10 million parameters, and of the two
 //! operations behind long mixers. `scripts/peers/train_torch.py` runs it beside PyTorch.
 
-use crate::options::Common;
+use crate::options::{Common, Numbers};
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use clap::Args;
 use longspan_kernels::cpu::Level;
 use longspan_kernels::fftconv::fft_conv;
@@ -14,6 +14,7 @@ use longspan_nn::mixer::{Mamba2Config, MixerConfig};
 use longspan_nn::model::{LanguageModel, StackConfig, StackLm, new_decoder};
 use longspan_nn::params::ParamStore;
 use longspan_train::batch::PackedBatch;
+use longspan_train::config::Place;
 use longspan_train::objective::{LanguageModeling, Recompute};
 use longspan_train::optim::{OptimConfig, Optimizer};
 use longspan_train::source::Source;
@@ -41,6 +42,9 @@ pub struct TrainBench {
     /// Steps measured, after one that is not; the median counts
     #[arg(long, default_value_t = 3)]
     pub steps: usize,
+    /// Types of weights, activations and products
+    #[arg(long, value_enum, default_value_t)]
+    pub numbers: Numbers,
 }
 
 const VOCAB: usize = 256;
@@ -102,9 +106,14 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// Steps before the clock counts: a GPU's first load code and find their memory.
+fn warm_up(place: &Place) -> usize {
+    if place.device.is_cpu() { 1 } else { 5 }
+}
+
 /// (parameters, median seconds of a step).
-fn train(args: &TrainBench, build: Build) -> Result<(usize, f64)> {
-    let params = Arc::new(ParamStore::new(1, DType::F32, &Device::Cpu));
+fn train(args: &TrainBench, place: &Place, build: Build) -> Result<(usize, f64)> {
+    let params = Arc::new(ParamStore::new(1, place.dtype, &place.device));
     let objective = LanguageModeling::new(build(&params)?, Recompute::None, usize::MAX)?;
     let mut batch = PackedBatch::default();
     for document in crate::bench::tokens(args.documents * args.length, VOCAB).chunks(args.length) {
@@ -117,10 +126,14 @@ fn train(args: &TrainBench, build: Build) -> Result<(usize, f64)> {
     let optimizer = Optimizer::new(OptimConfig::adamw(1e-4))?;
     let mut trainer = Trainer::new(params.clone(), optimizer, Same(batch), objective, config)?;
     let mut seconds = Vec::new();
-    for step in 0..args.steps.max(1) + 1 {
-        let event = trainer.step()?;
-        if let (Some(event), true) = (event, step > 0) {
-            seconds.push(event.seconds);
+    let warm = warm_up(place);
+    for step in 0..args.steps.max(1) + warm {
+        place.device.synchronize()?;
+        let start = Instant::now();
+        trainer.step()?;
+        place.device.synchronize()?;
+        if step >= warm {
+            seconds.push(start.elapsed().as_secs_f64());
         }
     }
     Ok((params.count(), median(seconds)))
@@ -128,24 +141,31 @@ fn train(args: &TrainBench, build: Build) -> Result<(usize, f64)> {
 
 type Build = fn(&ParamStore) -> Result<Arc<dyn LanguageModel>>;
 
-fn wave(shape: &[usize], low: f32, high: f32) -> Result<Var> {
+fn wave(place: &Place, shape: &[usize], low: f32, high: f32) -> Result<Var> {
     let count: usize = shape.iter().product();
     let value = |i: usize| low + (high - low) * (((i * 7919) % 1009) as f32 / 1009.0);
     let values: Vec<f32> = (0..count).map(value).collect();
     Ok(Var::from_tensor(&Tensor::from_vec(
         values,
         shape,
-        &Device::Cpu,
+        &place.device,
     )?)?)
 }
 
 /// Median seconds of forward and backward pass.
-fn operation(args: &TrainBench, f: &dyn Fn() -> candle_core::Result<Tensor>) -> Result<f64> {
+fn operation(
+    args: &TrainBench,
+    place: &Place,
+    f: &dyn Fn() -> candle_core::Result<Tensor>,
+) -> Result<f64> {
     let mut seconds = Vec::new();
-    for run in 0..args.steps.max(1) + 1 {
+    let warm = warm_up(place);
+    for run in 0..args.steps.max(1) + warm {
+        place.device.synchronize()?;
         let start = Instant::now();
         f()?.sqr()?.sum_all()?.backward()?;
-        if run > 0 {
+        place.device.synchronize()?;
+        if run >= warm {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
@@ -155,6 +175,7 @@ fn operation(args: &TrainBench, f: &dyn Fn() -> candle_core::Result<Tensor>) -> 
 /// Runs the bench.
 pub fn run(args: &TrainBench, common: &Common) -> Result<()> {
     longspan_kernels::cpu::keep_freed_memory();
+    let place = &crate::models::place(common, args.numbers)?;
     let tokens = args.documents * args.length;
     for what in &args.what {
         let (parameters, seconds, size) = match what.as_str() {
@@ -164,25 +185,28 @@ pub fn run(args: &TrainBench, common: &Common) -> Result<()> {
                 } else {
                     transformer
                 };
-                let (parameters, seconds) = train(args, build)?;
+                let (parameters, seconds) = train(args, place, build)?;
                 (parameters, seconds, tokens)
             }
             "fft-conv" => {
                 let (b, h, l) = (4, 256, 4096);
-                let (u, k) = (wave(&[b, h, l], -1.0, 1.0)?, wave(&[h, l], -0.1, 0.1)?);
+                let (u, k) = (
+                    wave(place, &[b, h, l], -1.0, 1.0)?,
+                    wave(place, &[h, l], -0.1, 0.1)?,
+                );
                 let run = || fft_conv(u.as_tensor(), k.as_tensor(), None);
-                (0, operation(args, &run)?, b * l)
+                (0, operation(args, place, &run)?, b * l)
             }
             "scan" => {
                 let (b, l, h, p, n) = (2, 2048, 8, 64, 64);
                 let (x, dt) = (
-                    wave(&[b, l, h, p], -1.0, 1.0)?,
-                    wave(&[b, l, h], 0.01, 0.1)?,
+                    wave(place, &[b, l, h, p], -1.0, 1.0)?,
+                    wave(place, &[b, l, h], 0.01, 0.1)?,
                 );
-                let a = wave(&[h], -2.0, -0.5)?;
+                let a = wave(place, &[h], -2.0, -0.5)?;
                 let (wb, wc) = (
-                    wave(&[b, l, 1, n], -1.0, 1.0)?,
-                    wave(&[b, l, 1, n], -1.0, 1.0)?,
+                    wave(place, &[b, l, 1, n], -1.0, 1.0)?,
+                    wave(place, &[b, l, 1, n], -1.0, 1.0)?,
                 );
                 let run = || {
                     let scan = Scan {
@@ -195,7 +219,7 @@ pub fn run(args: &TrainBench, common: &Common) -> Result<()> {
                     };
                     Ok(scan.chunked(64)?.0)
                 };
-                (0, operation(args, &run)?, b * l)
+                (0, operation(args, place, &run)?, b * l)
             }
             other => anyhow::bail!(
                 "--what: found {other}, expected transformer, mamba2, fft-conv or scan"
@@ -205,7 +229,7 @@ pub fn run(args: &TrainBench, common: &Common) -> Result<()> {
         if common.json {
             let line = json!({
                 "peer": "longspan", "what": what, "parameters": parameters, "seconds": seconds, "tokens_per_second": rate,
-                "level": Level::current().name(), "threads": Pool::global().threads(),
+                "device": format!("{:?}", place.device.location()), "numbers": format!("{:?}", args.numbers), "level": Level::current().name(), "threads": Pool::global().threads(),
             });
             println!("{line}");
         } else {
@@ -235,8 +259,9 @@ mod tests {
                 documents: 1,
                 length: 8,
                 steps: 1,
+                numbers: Numbers::F32,
             };
-            let (parameters, seconds) = train(&args, build).unwrap();
+            let (parameters, seconds) = train(&args, &Place::default(), build).unwrap();
             assert!(
                 (9_800_000..10_200_000).contains(&parameters),
                 "{parameters}"

@@ -1,7 +1,7 @@
 //! Every command and option, with its help.
 
 use crate::options::{
-    EmbedOptions, KeysOptions, LoadOptions, ModelOption, RunOptions, ThreadsOption, With,
+    EmbedOptions, KeysOptions, LoadOptions, ModelOption, RunOptions, TrainOptions, With,
 };
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -174,7 +174,7 @@ Replies are kept beside the answers; the same command goes on where it stopped."
 
 Checkpoints, events and the resolved configuration stand in the run's folder. Whatever stopped a run, the same command
 goes on from its newest checkpoint, bit for bit as if it had not stopped.")]
-    Train(With<ThreadsOption, crate::train::Train>),
+    Train(With<TrainOptions, crate::train::Train>),
     /// List, show and draw training runs
     Runs {
         #[command(subcommand)]
@@ -184,7 +184,7 @@ goes on from its newest checkpoint, bit for bit as if it had not stopped.")]
     #[command(after_help = "Examples:
   longspan reproduce s4
   longspan reproduce nope --seeds 1 --out reproduced")]
-    Reproduce(With<ThreadsOption, crate::train::Reproduce>),
+    Reproduce(With<TrainOptions, crate::train::Reproduce>),
     /// List the papers that Longspan implements
     Papers {
         /// Print the page of this paper
@@ -402,9 +402,9 @@ Facts of invented places, each among passages that share its place or its kind; 
     #[command(
         after_help = "Example: longspan bench mixers s4 mamba2:state_size=64 rnn:cell=lstm --lengths 1024,4096,16384"
     )]
-    Mixers(With<ThreadsOption, crate::bench_mixers::MixersBench>),
+    Mixers(With<TrainOptions, crate::bench_mixers::MixersBench>),
     /// Training throughput of a transformer and a Mamba-2 of 10 M parameters (see scripts/peers/train_torch.py)
-    Train(With<ThreadsOption, crate::bench_train::TrainBench>),
+    Train(With<TrainOptions, crate::bench_train::TrainBench>),
     /// Agreement with reference logits (see scripts/parity/reference.py)
     Parity {
         /// Safetensors with input_ids and logits, or input_ids and nll

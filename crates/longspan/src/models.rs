@@ -1,6 +1,6 @@
 //! Finding, downloading, opening and describing models.
 
-use crate::options::{Common, DeviceKind, Precision};
+use crate::options::{Common, DeviceKind, Numbers, Precision};
 use crate::ui;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
@@ -11,6 +11,7 @@ use longspan_nn::hub::{self, Event, Progress, Stage};
 use longspan_nn::model::Precision as Weights;
 use longspan_nn::position::{LayerRopes, RopeOverride};
 use longspan_nn::weights::Checkpoint;
+use longspan_train::config::Place;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -216,7 +217,24 @@ fn rope(common: &Common, checkpoint: &Checkpoint, path: &Path) -> Result<Option<
     Ok(rope.map(RopeOverride::with_absolute_paths).transpose()?)
 }
 
-fn device(common: &Common) -> Result<Device> {
+/// Where a model is trained, in these types.
+pub fn place(common: &Common, numbers: Numbers) -> Result<Place> {
+    let device = device(common)?;
+    if device.is_cpu() && numbers != Numbers::F32 {
+        anyhow::bail!(
+            "--numbers {numbers:?}: found the CPU, which trains in f32; expected --device cuda"
+        );
+    }
+    candle_core::cuda::set_gemm_reduced_precision_f32(numbers == Numbers::Tf32);
+    let dtype = match numbers {
+        Numbers::Bf16 => DType::BF16,
+        _ => DType::F32,
+    };
+    Ok(Place { device, dtype })
+}
+
+/// The device that the options name.
+pub fn device(common: &Common) -> Result<Device> {
     match common.device.unwrap_or(DeviceKind::Cpu) {
         DeviceKind::Cpu => Ok(Device::Cpu),
         #[cfg(feature = "cuda")]

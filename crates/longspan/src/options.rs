@@ -173,6 +173,35 @@ impl Options for KeysOptions {
     }
 }
 
+/// Of commands that train.
+#[derive(Args, Default)]
+pub struct TrainOptions {
+    #[command(flatten)]
+    threads: ThreadsOption,
+    /// cpu, or cuda in a build with that feature
+    #[arg(long)]
+    device: Option<DeviceKind>,
+}
+
+impl Options for TrainOptions {
+    fn over(&self, common: &mut Common) {
+        self.threads.over(common);
+        put(&self.device, &mut common.device);
+    }
+}
+
+/// The types that a model is trained in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Numbers {
+    /// f32 throughout
+    #[default]
+    F32,
+    /// f32, matrix products in TF32 (GPU)
+    Tf32,
+    /// Weights and activations in bf16, f32 copies of the weights in the optimiser (GPU)
+    Bf16,
+}
+
 /// Of commands that run an embedder alone.
 #[derive(Args, Default)]
 pub struct EmbedOptions {

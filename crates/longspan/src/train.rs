@@ -1,6 +1,6 @@
 //! `longspan train`, `longspan runs`, `longspan reproduce`: learning, what was learned, and papers' claims at small scale.
 
-use crate::options::Common;
+use crate::options::{Common, Numbers};
 use crate::ui;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -24,6 +24,9 @@ pub struct Train {
     /// Print every so many steps
     #[arg(long, default_value_t = 10, value_name = "STEPS")]
     pub print_every: u64,
+    /// Types of weights, activations and products
+    #[arg(long, value_enum, default_value_t)]
+    pub numbers: Numbers,
 }
 
 #[derive(Subcommand)]
@@ -111,8 +114,9 @@ pub fn train(args: &Train, common: &Common) -> Result<()> {
         .unwrap_or_else(|| Path::new("runs").join(name));
     let bar = ui::bar(config.train.steps, "steps", common.json);
     let every = args.print_every.max(1);
+    let place = crate::models::place(common, args.numbers)?;
     let processes = processes()?;
-    let report = config::train_with(&config, &out, processes.clone(), &mut |event| {
+    let report = config::train_with(&config, &out, place, processes.clone(), &mut |event| {
         match event {
             Event::Step(step) => {
                 bar.set_position(step.step);
@@ -285,7 +289,10 @@ pub fn reproduce(args: &Reproduce, common: &Common) -> Result<()> {
     let bar = ui::bar(1000, "thousandths", common.json);
     let start = Instant::now();
     let kept = args.out.join(format!("{}.cells.json", recipe.paper));
-    let mut cells = reproduce::Cells::open(&kept)?.jobs(args.jobs(common));
+    let device = crate::models::device(common)?;
+    let mut cells = reproduce::Cells::open(&kept)?
+        .jobs(args.jobs(common))
+        .device(&device);
     let report = reproduce::run_kept(&recipe, &mut cells, &mut |what, share| {
         bar.set_position((1000.0 * share) as u64);
         bar.set_message(what.to_string());

@@ -2,7 +2,9 @@
 //! see each other, padding and packed documents, states that are stored and selected.
 
 use candle_core::{DType, Device, Tensor, Var};
+use longspan_kernels::composed::composing;
 use longspan_nn::mixer::{MixerConfig, MixerState, SequenceMixer, StateKind, masked, packed};
+use longspan_nn::model::stack::{Stack, StackConfig};
 use longspan_nn::params::ParamStore;
 
 const WIDTH: usize = 8;
@@ -208,6 +210,69 @@ fn gradients_are_those_of_finite_differences() {
             var.set(&start).unwrap();
         }
     }
+}
+
+/// On a GPU no kernel runs: models of these mixers, norms and perceptrons included, must be composed of tensor operations
+/// throughout (a kernel would be an error here), and come to the same values and gradients.
+#[test]
+fn models_that_compose_use_no_kernel_and_agree_with_those_that_do() {
+    let mut composed = 0;
+    for (name, mixer) in registry() {
+        if !mixer.composes() {
+            continue;
+        }
+        composed += 1;
+        let config = StackConfig {
+            d_model: WIDTH,
+            layers: 2,
+            mixer,
+            mlp_ratio: 2.0,
+            norm_epsilon: 1e-5,
+            norm: true,
+            residual: true,
+            tie_embeddings: true,
+            sinusoid: false,
+        };
+        let store = ParamStore::new(7, DType::F64, &Device::Cpu);
+        let stack = Stack::new(&config, &store.root()).unwrap();
+        let x = Var::from_tensor(&input(2, LENGTH, 4).to_dtype(DType::F64).unwrap()).unwrap();
+        let weights = input(2, LENGTH, 9).to_dtype(DType::F64).unwrap();
+        let both = || {
+            let y = stack.forward(x.as_tensor()).unwrap();
+            let gradients = (&y * &weights).unwrap().sum_all().unwrap().backward();
+            (y.detach(), gradients.unwrap())
+        };
+        let ((kernels, expected), (found, gradients)) = (both(), composing(both));
+        let far = |a: &Tensor, b: &Tensor| {
+            let largest = a.abs().unwrap().flatten_all().unwrap().max_all().unwrap();
+            f64::from(distance(
+                &a.to_dtype(DType::F32).unwrap(),
+                &b.to_dtype(DType::F32).unwrap(),
+            )) / largest.to_scalar::<f64>().unwrap().max(1e-3)
+        };
+        assert!(far(&kernels, &found) < 1e-5, "{name}");
+        let mut vars = vec![("x".to_string(), x.clone())];
+        vars.extend(
+            store
+                .list()
+                .into_iter()
+                .map(|(name, param)| (name, param.var)),
+        );
+        for (param, var) in vars {
+            match (
+                expected.get(var.as_tensor()),
+                gradients.get(var.as_tensor()),
+            ) {
+                (Some(a), Some(b)) => assert!(far(a, b) < 1e-4, "{name}: {param}: {}", far(a, b)),
+                (None, None) => {}
+                (a, _) => panic!(
+                    "{name}: {param}: a gradient in one of the two only: {}",
+                    a.is_some()
+                ),
+            }
+        }
+    }
+    assert!(composed >= 10, "{composed} mixers compose");
 }
 
 #[test]

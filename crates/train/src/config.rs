@@ -240,6 +240,24 @@ pub struct RunReport {
     pub parameters: usize,
 }
 
+/// Where a model is trained, and the type of its parameters and activations.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The device.
+    pub device: Device,
+    /// f32, or bf16 with f32 copies in the optimiser.
+    pub dtype: DType,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Place {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        }
+    }
+}
+
 /// Trains in a run's folder, going on from its newest checkpoint. `watch` sees every event and answers whether to go on;
 /// when it says no, a checkpoint is written first.
 pub fn train(
@@ -247,7 +265,7 @@ pub fn train(
     out: &Path,
     watch: &mut dyn FnMut(&Event) -> bool,
 ) -> Result<RunReport> {
-    train_with(config, out, Arc::new(Alone), watch)
+    train_with(config, out, Place::default(), Arc::new(Alone), watch)
 }
 
 /// As [`train`], together with other processes that call it with the same arguments: they share the micro-batches of each
@@ -255,10 +273,11 @@ pub fn train(
 pub fn train_with(
     config: &TrainConfig,
     out: &Path,
+    place: Place,
     comm: Arc<dyn Comm>,
     watch: &mut dyn FnMut(&Event) -> bool,
 ) -> Result<RunReport> {
-    let params = Arc::new(ParamStore::new(config.seed, DType::F32, &Device::Cpu));
+    let params = Arc::new(ParamStore::new(config.seed, place.dtype, &place.device));
     let vocab = config.vocab_size();
     let mut stack = None;
     let model: Arc<dyn LanguageModel> = match &config.model {

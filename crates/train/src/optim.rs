@@ -5,6 +5,7 @@
 
 use crate::error::{Result, TrainError};
 use candle_core::{DType, Tensor};
+use longspan_kernels::composed::composes;
 use longspan_kernels::elementwise::dot;
 use longspan_kernels::ops::with_rows;
 use longspan_nn::params::Param;
@@ -112,6 +113,7 @@ impl OptimConfig {
     }
 }
 
+mod flat;
 mod fused;
 
 #[derive(Default)]
@@ -126,6 +128,8 @@ struct Slot {
 pub struct Optimizer {
     config: OptimConfig,
     slots: BTreeMap<String, Slot>,
+    /// State of parameters that are stepped together; others have slots.
+    flats: Vec<flat::Flat>,
     /// Steps taken: Adam's bias correction.
     steps: u64,
 }
@@ -137,6 +141,7 @@ impl Optimizer {
         Ok(Optimizer {
             config,
             slots: BTreeMap::new(),
+            flats: Vec::new(),
             steps: 0,
         })
     }
@@ -154,13 +159,23 @@ impl Optimizer {
         multiplier: f64,
     ) -> Result<()> {
         self.steps += 1;
+        let mut together: BTreeMap<(&str, u64, u64), Vec<flat::Item<'_>>> = BTreeMap::new();
         for (name, param) in params {
             let (Some(gradient), true) = (gradients.get(name), param.group.trainable) else {
                 continue;
             };
-            let slot = self.slots.entry(name.clone()).or_default();
             let cap = param.group.max_lr.unwrap_or(f64::INFINITY);
             let lr = self.config.lr().min(cap) * multiplier;
+            if let OptimConfig::AdamW { weight_decay, .. } = self.config
+                && composes(gradient)
+            {
+                let decay = param.group.weight_decay.unwrap_or(weight_decay);
+                let key = (param.var.dtype().as_str(), lr.to_bits(), decay.to_bits());
+                let group = together.entry(key).or_default();
+                group.push((name, param, gradient));
+                continue;
+            }
+            let slot = self.slots.entry(name.clone()).or_default();
             if let OptimConfig::AdamW { .. } = self.config
                 && fused::fits(&param.var, gradient)
             {
@@ -191,13 +206,25 @@ impl Optimizer {
                 param.var.set(&weight)?;
             }
         }
+        for ((_, lr, decay), items) in together {
+            let rates = (f64::from_bits(lr), f64::from_bits(decay));
+            let state = (&mut self.flats, &mut self.slots);
+            flat::adamw(&self.config, &items, state, rates, self.steps)?;
+        }
         Ok(())
     }
 
     /// All state as tensors, to be stored.
     pub fn tensors(&self) -> HashMap<String, Tensor> {
         let mut out = HashMap::new();
-        for (name, slot) in &self.slots {
+        // Cutting a flat array into its own parts does not fail.
+        let flats = self
+            .flats
+            .iter()
+            .flat_map(|flat| flat.slots().unwrap_or_default());
+        let flats: Vec<(String, Slot)> = flats.collect();
+        let joined = flats.iter().map(|(name, slot)| (name, slot));
+        for (name, slot) in self.slots.iter().chain(joined) {
             let parts = [
                 ("master", &slot.master),
                 ("first", &slot.first),
@@ -225,6 +252,7 @@ impl Optimizer {
         path: &Path,
     ) -> Result<()> {
         self.slots.clear();
+        self.flats.clear();
         self.steps = steps;
         for (full, tensor) in tensors {
             let Some((part, name)) = full.split_once('.') else {
@@ -317,6 +345,12 @@ pub fn clip_grad_norm(
     gradients: &mut BTreeMap<String, Tensor>,
     limit: Option<f64>,
 ) -> candle_core::Result<f64> {
+    if gradients
+        .values()
+        .any(|gradient| !gradient.device().is_cpu())
+    {
+        return clip_together(gradients, limit);
+    }
     let mut sum = 0f64;
     for gradient in gradients.values() {
         sum += squares(gradient)?;
@@ -327,6 +361,26 @@ pub fn clip_grad_norm(
         if scale < 1.0 {
             for gradient in gradients.values_mut() {
                 *gradient = (&*gradient * scale)?;
+            }
+        }
+    }
+    Ok(norm)
+}
+
+/// [`clip_grad_norm`] with one reduction, and so one wait for the device.
+fn clip_together(
+    gradients: &mut BTreeMap<String, Tensor>,
+    limit: Option<f64>,
+) -> candle_core::Result<f64> {
+    let all = flat::join(gradients.values())?;
+    let norm = f64::from(all.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    if let Some(limit) = limit {
+        let scale = limit / (norm + 1e-6);
+        if scale < 1.0 {
+            let shapes: Vec<_> = gradients.values().map(|g| g.shape().clone()).collect();
+            let parts = flat::cut(&(all * scale)?, shapes.iter())?;
+            for (gradient, part) in gradients.values_mut().zip(parts) {
+                *gradient = part;
             }
         }
     }
@@ -416,6 +470,10 @@ mod tests {
         assert_eq!(clip_grad_norm(&mut gradients, Some(1.0)).unwrap(), 5.0);
         let scaled = |name: &str| gradients[name].to_vec1::<f32>().unwrap()[0];
         assert!((scaled("w") - 0.6).abs() < 1e-6 && (scaled("v") - 0.8).abs() < 1e-6);
+        let mut again = gradient(3.0);
+        again.insert("v".into(), Tensor::new(&[4f32], &Device::Cpu).unwrap());
+        assert_eq!(clip_together(&mut again, Some(1.0)).unwrap(), 5.0);
+        assert_eq!(again["v"].to_vec1::<f32>().unwrap(), [scaled("v")]);
         assert!(Optimizer::new(OptimConfig::adamw(-1.0)).is_err());
     }
 }

@@ -88,6 +88,8 @@ pub struct StreamTraining {
     pub examples: usize,
     /// Learning rate of AdamW; a cosine to a tenth after 5 % of warm-up.
     pub lr: f64,
+    /// Where.
+    pub device: Device,
 }
 
 impl StreamTraining {
@@ -98,7 +100,7 @@ impl StreamTraining {
         seed: u64,
         go_on: &mut dyn FnMut(f64) -> bool,
     ) -> Result<Option<(Arc<StackLm>, Arc<ParamStore>)>> {
-        let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
+        let params = Arc::new(ParamStore::new(seed, DType::F32, &self.device));
         let model = StackLm::new(stack, self.task.get().vocab_size(), &params.root())?;
         let model = Arc::new(model);
         let objective = LanguageModeling::new(model.clone(), Recompute::None, usize::MAX)?;
@@ -190,6 +192,7 @@ mod tests {
             steps: 2,
             examples: 2,
             lr: 1e-3,
+            device: Device::Cpu,
         };
         let stack =
             serde_json::json!({"d_model": 8, "layers": 1, "mixer": {"kind": "lru", "n": 4}});

@@ -12,7 +12,7 @@ use crate::config::ModelConfig;
 use crate::position::{Frequencies, LayerRopes};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use longspan_kernels::causal::causal_attention;
-use longspan_kernels::learn;
+use longspan_kernels::composed::{Composed, composes, node};
 
 /// Attention of one layer over all sequences of a forward pass.
 pub trait Attend {
@@ -141,6 +141,34 @@ fn rope_tables(
 
 /// Rotates x [heads, tokens, head_dim] by cos, sin [tokens, rotary_dim / 2], half layout.
 fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if composes(x) {
+        let (cos, sin) = (cos.clone(), sin.clone());
+        return node(Rotation { cos, sin }, &[x]);
+    }
+    rotated(x, cos, sin)
+}
+
+/// [`rotate`] as one operation; its gradient is the turn back.
+struct Rotation {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Composed for Rotation {
+    fn name(&self) -> &'static str {
+        "rotate"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        rotated(&x[0], &self.cos, &self.sin)
+    }
+
+    fn backward(&self, _: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        Ok(vec![rotated(gradient, &self.cos, &self.sin.neg()?)?])
+    }
+}
+
+fn rotated(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let half = cos.dim(1)?;
     let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
     let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
@@ -194,6 +222,9 @@ impl Attend for CausalAttention<'_> {
             }
             cache[layer] = Some((key.clone(), value.clone()));
         }
+        if self.cache.is_none() && composes(&query) && self.alike() {
+            return self.together(layer, &query, &key, &value);
+        }
         let mut outputs = Vec::with_capacity(self.lengths.len());
         let mut start = 0;
         for &length in &self.lengths {
@@ -216,6 +247,51 @@ impl Attend for CausalAttention<'_> {
 }
 
 impl CausalAttention<'_> {
+    /// Whether there are several documents, all of one length.
+    fn alike(&self) -> bool {
+        let first = self.lengths[0];
+        self.lengths.len() > 1 && first > 0 && self.lengths.iter().all(|&length| length == first)
+    }
+
+    /// Documents of one length in one operation: as on the GPU, where each operation has a cost of its own. query
+    /// [heads, tokens, d], key and value [kv_heads, tokens, d] to [tokens, heads d].
+    fn together(
+        &self,
+        layer: usize,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+    ) -> Result<Tensor> {
+        let c = self.config;
+        let (documents, length) = (self.lengths.len(), self.lengths[0]);
+        if c.attention_softcap.is_some() || c.alibi_max_bias.is_some() {
+            let parts = (0..documents).map(|at| {
+                let cut = |x: &Tensor| x.narrow(1, at * length, length);
+                self.document(layer, &cut(query)?, &cut(key)?, &cut(value)?)
+            });
+            return Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0);
+        }
+        // Heads of one document lie together, so that each key head still serves `group` query heads.
+        let set = |x: &Tensor, heads: usize| {
+            x.reshape((heads, documents, length, c.head_dim))?
+                .transpose(0, 1)?
+                .contiguous()?
+                .reshape((documents * heads, length, c.head_dim))
+        };
+        let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
+        causal_attention(
+            &set(query, c.num_heads)?,
+            &set(key, c.num_kv_heads)?,
+            &set(value, c.num_kv_heads)?,
+            f64::from(c.attention_scale),
+            window,
+        )?
+        .reshape((documents, c.num_heads, length, c.head_dim))?
+        .transpose(1, 2)?
+        .contiguous()?
+        .reshape((documents * length, c.num_heads * c.head_dim))
+    }
+
     /// query [heads, t, d], key and value [kv_heads, s, d] (the queries are the last t of the s
     /// positions) to [t, heads d].
     fn document(
@@ -228,9 +304,11 @@ impl CausalAttention<'_> {
         let c = self.config;
         let (t, s) = (query.dim(1)?, key.dim(1)?);
         let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
-        if learn::fits(query) && c.attention_softcap.is_none() && c.alibi_max_bias.is_none() {
+        if c.attention_softcap.is_none() && c.alibi_max_bias.is_none() {
             let scale = f64::from(c.attention_scale);
-            return causal_attention(query, key, value, scale, window)?
+            let plain = |x: &Tensor| x.contiguous();
+            let (query, key, value) = (plain(query)?, plain(key)?, plain(value)?);
+            return causal_attention(&query, &key, &value, scale, window)?
                 .transpose(0, 1)?
                 .contiguous()?
                 .reshape((t, c.num_heads * c.head_dim));

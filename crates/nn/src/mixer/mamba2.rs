@@ -228,22 +228,10 @@ impl Mamba2 {
     }
 
     /// silu of the causal depthwise convolution: padded [batch, taps + length, wide] to [batch, length, wide].
-    fn convolved(&self, padded: &Tensor, length: usize) -> Result<Tensor> {
-        let (taps, wide) = (self.config.conv_kernel, self.wide());
-        if learn::fits(padded) {
-            let weight = self.conv.squeeze(1)?;
-            let y = learn::depthwise_conv(padded, &weight, self.conv_bias.as_ref())?;
-            return learn::silu_gate(&y, None);
-        }
-        let mut convolved = padded.narrow(1, 0, length)?.zeros_like()?;
-        for tap in 0..taps {
-            let weight = self.conv.narrow(2, tap, 1)?.reshape((1, 1, wide))?;
-            convolved = (convolved + padded.narrow(1, tap + 1, length)?.broadcast_mul(&weight)?)?;
-        }
-        match &self.conv_bias {
-            Some(bias) => convolved.broadcast_add(bias)?.silu(),
-            None => convolved.silu(),
-        }
+    fn convolved(&self, padded: &Tensor) -> Result<Tensor> {
+        let weight = self.conv.squeeze(1)?;
+        let y = learn::depthwise_conv(padded, &weight, self.conv_bias.as_ref())?;
+        learn::silu_gate(&y, None)
     }
 
     fn wide(&self) -> usize {
@@ -292,7 +280,7 @@ impl SequenceMixer for Mamba2 {
             None => Tensor::zeros((batch, taps, wide), x.dtype(), x.device())?,
         };
         let padded = Tensor::cat(&[&before, &xbc], 1)?; // [batch, taps + length, wide]
-        let xbc = self.convolved(&padded, length)?;
+        let xbc = self.convolved(&padded)?;
         let (groups, n) = (c.n_groups, c.state_size);
         let heads_of_x = xbc
             .narrow(2, 0, inner)?
@@ -331,10 +319,7 @@ impl SequenceMixer for Mamba2 {
         let skip = heads_of_x.broadcast_mul(&self.d.reshape((1, 1, heads, 1))?)?;
         let y = (y + skip)?.reshape((batch, length, inner))?;
         // Gate first, then RMS over each group's share of the width.
-        let y = match learn::fits(&y) {
-            true => learn::silu_gate(&z, Some(&y))?,
-            false => (y * z.silu()?)?,
-        };
+        let y = learn::silu_gate(&z, Some(&y))?;
         let y = if groups == 1 {
             rms_norm(&y, &self.norm, c.layer_norm_epsilon)?
         } else {

@@ -41,6 +41,7 @@ pub use s5::{S5, S5Config};
 
 use crate::params::Params;
 use candle_core::{Result, Tensor, bail};
+use longspan_kernels::composed::{self, composes};
 use longspan_kernels::{learn, linear};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
@@ -277,15 +278,10 @@ pub fn packed(mixer: &dyn SequenceMixer, x: &Tensor, lengths: &[usize]) -> Resul
         start += length;
     }
     let zero = Tensor::zeros((1, width), x.dtype(), x.device())?;
-    let rows = Tensor::cat(&[x, &zero], 0)?
-        .index_select(&Tensor::new(set, x.device())?, 0)?
-        .reshape((batch, longest, width))?;
-    mixer
-        .forward(&rows, None)?
-        .0
-        .contiguous()?
-        .reshape((batch * longest, width))?
-        .index_select(&Tensor::new(back, x.device())?, 0)
+    let rows = composed::rows(&Tensor::cat(&[x, &zero], 0)?, &set)?;
+    let rows = rows.reshape((batch, longest, width))?;
+    let y = mixer.forward(&rows, None)?.0.contiguous()?;
+    composed::rows(&y.reshape((batch * longest, width))?, &back)
 }
 
 /// Sequences with padding anywhere: `keep` [batch][length] says which tokens are real. Padded tokens contribute nothing and
@@ -365,6 +361,23 @@ pub enum MixerConfig {
 }
 
 impl MixerConfig {
+    /// Whether every operation of the mixer's parallel form is also composed of tensor operations, so that it runs on a GPU.
+    pub fn composes(&self) -> bool {
+        match self {
+            MixerConfig::Attention(_)
+            | MixerConfig::Hyena(_)
+            | MixerConfig::Ema(_)
+            | MixerConfig::H3(_)
+            | MixerConfig::Mamba(_) => true,
+            MixerConfig::S4(config) => config.mode == S4Mode::Diag && !config.bilinear,
+            MixerConfig::Mamba2(config) => matches!(
+                config.state_policy,
+                StatePolicy::None | StatePolicy::Scale { .. }
+            ),
+            _ => false,
+        }
+    }
+
     /// The mixer, with parameters from `params`; `shared` is the name space of what all layers share.
     pub fn build(
         &self,
@@ -372,6 +385,14 @@ impl MixerConfig {
         params: &Params<'_>,
         shared: &Params<'_>,
     ) -> Result<Box<dyn SequenceMixer>> {
+        if !params.device().is_cpu() && !self.composes() {
+            let name = serde_json::to_value(self).unwrap_or_default();
+            bail!(
+                "mixer {}: found {:?}, expected the CPU: with these parameters it has no form of tensor operations",
+                name["kind"].as_str().unwrap_or("?"),
+                params.device().location()
+            );
+        }
         Ok(match self {
             MixerConfig::Attention(config) => {
                 Box::new(AttentionMixer::new(config, d_model, params, shared)?)
@@ -397,10 +418,7 @@ impl MixerConfig {
 
 /// Softmax over the last axis; -inf gets 0.
 pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
-    match learn::fits(x) {
-        true => learn::softmax(x),
-        false => learn::softmax_naive(x),
-    }
+    learn::softmax(x)
 }
 
 /// x [.., in] times weight [out, in] transposed, plus bias [out].
@@ -408,7 +426,8 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resu
     let same = |t: &Tensor| t.dtype() == x.dtype();
     // The fused form packs the weight at every call, which few rows do not pay for.
     let rows = x.elem_count() / weight.dim(1)?.max(1);
-    if rows >= 16 && learn::fits(x) && same(weight) && bias.is_none_or(same) {
+    let worth = rows >= 16 || composes(x);
+    if worth && same(weight) && bias.is_none_or(same) {
         return linear::linear(x, weight, bias);
     }
     linear::linear_naive(x, weight, bias)

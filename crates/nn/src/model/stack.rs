@@ -7,6 +7,7 @@ use crate::mixer::{self, MixerConfig, MixerState, SequenceMixer, StateKind, Stat
 use crate::model::LanguageModel;
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
+use longspan_kernels::composed::rows;
 use longspan_kernels::learn;
 use serde::{Deserialize, Serialize};
 
@@ -178,12 +179,7 @@ impl Stack {
 
 /// x / sqrt(mean(x²) + eps) times weight.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if learn::fits(x) && weight.dtype() == x.dtype() {
-        return learn::rms_norm(x, weight, eps);
-    }
-    let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
-    x.broadcast_div(&(mean + eps)?.sqrt()?)?
-        .broadcast_mul(weight)
+    learn::rms_norm(x, &weight.to_dtype(x.dtype())?, eps)
 }
 
 /// A language model over a [`Stack`].
@@ -249,8 +245,7 @@ impl StackLm {
                 self.vocab_size()
             );
         }
-        self.embeddings
-            .index_select(&Tensor::new(ids, self.embeddings.device())?, 0)
+        rows(&self.embeddings, ids)
     }
 
     /// Where the weights live.

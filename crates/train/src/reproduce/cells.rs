@@ -6,6 +6,7 @@ use super::Row;
 use crate::error::{At, Result, TrainError};
 use crate::run::write_whole;
 use crate::trainer::roomy;
+use candle_core::Device;
 use longspan_kernels::pool::Pool;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -87,11 +88,22 @@ struct Kept {
 }
 
 /// Finished cells by name, in memory or in a file too.
-#[derive(Default)]
 pub struct Cells {
     path: Option<PathBuf>,
     jobs: usize,
+    device: Device,
     kept: BTreeMap<String, Kept>,
+}
+
+impl Default for Cells {
+    fn default() -> Self {
+        Cells {
+            path: None,
+            jobs: 0,
+            device: Device::Cpu,
+            kept: BTreeMap::new(),
+        }
+    }
 }
 
 impl Cells {
@@ -120,6 +132,17 @@ impl Cells {
     pub fn jobs(mut self, jobs: usize) -> Self {
         self.jobs = jobs;
         self
+    }
+
+    /// Models are trained here.
+    pub fn device(mut self, device: &Device) -> Self {
+        self.device = device.clone();
+        self
+    }
+
+    /// Where models are trained.
+    pub(super) fn place(&self) -> Device {
+        self.device.clone()
     }
 
     fn known(&self, part: &Part<'_>) -> Option<Cell> {

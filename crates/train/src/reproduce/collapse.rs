@@ -299,6 +299,7 @@ impl CollapseRecipe {
             steps: self.steps,
             examples: setting.examples,
             lr: self.lr,
+            device: candle_core::Device::Cpu,
         };
         let stack = self.stack(setting.state_size, StatePolicy::None);
         let mut part = |share: f64| go_on(if setting.repaired { 0.7 * share } else { share });
@@ -384,6 +385,7 @@ impl CollapseRecipe {
             steps: capacity.steps,
             examples: capacity.examples,
             lr: self.lr,
+            device: candle_core::Device::Cpu,
         };
         let stack = self.stack(state_size, StatePolicy::None);
         let Some((model, params)) = training.run(&stack, seed, go_on)? else {

@@ -89,6 +89,7 @@ impl FamilyRecipe {
         watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
+        let device = &cells.place();
         let mut parts = Vec::new();
         for seed in 0..recipe.seeds {
             for (model, task) in self
@@ -100,7 +101,7 @@ impl FamilyRecipe {
                     setting: both(model, task),
                     seed,
                     key: serde_json::json!([model, task, self.lrs, self.test_examples]),
-                    make: Box::new(move |go_on| self.one(model, task, seed, go_on)),
+                    make: Box::new(move |go_on| self.one(model, task, seed, device, go_on)),
                 });
             }
         }
@@ -191,6 +192,7 @@ impl FamilyRecipe {
         model: &Named,
         task: &FamilyTask,
         seed: u64,
+        device: &candle_core::Device,
         go_on: GoOn<'_>,
     ) -> Result<Option<Cell>> {
         let batches = |purpose: &str| {
@@ -209,6 +211,7 @@ impl FamilyRecipe {
                 steps: task.steps,
                 examples: task.examples,
                 lr,
+                device: device.clone(),
             };
             let mut part = |share: f64| go_on((k as f64 + share) / self.lrs.len() as f64);
             let Some((built, params)) = training.run(&model.stack, seed, &mut part)? else {

@@ -69,6 +69,7 @@ impl LengthRecipe {
         watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
+        let device = &cells.place();
         let (tasks, lengths) = (self.tasks.len(), self.test_lengths.len());
         let longest = self.train_lengths.1;
         let beyond: Vec<usize> = (0..lengths)
@@ -88,7 +89,7 @@ impl LengthRecipe {
                     setting: on_task(model, t),
                     seed,
                     key: serde_json::json!([model, task, trained, tested]),
-                    make: Box::new(move |go_on| self.one(model, task, seed, go_on)),
+                    make: Box::new(move |go_on| self.one(model, task, seed, device, go_on)),
                 });
             }
         }
@@ -235,9 +236,10 @@ impl LengthRecipe {
         model: &Named,
         task: &TokenTask,
         seed: u64,
+        device: &Device,
         go_on: GoOn<'_>,
     ) -> Result<Option<Cell>> {
-        let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
+        let params = Arc::new(ParamStore::new(seed, DType::F32, device));
         let built = StackLm::new(&model.stack, task.get().vocab_size(), &params.root())?;
         let built = Arc::new(built);
         let objective = LanguageModeling::new(built.clone(), Recompute::None, usize::MAX)?;

@@ -199,6 +199,17 @@ pub fn run_kept(recipe: &Recipe, cells: &mut Cells, watch: Watch<'_>) -> Result<
     if recipe.seeds == 0 {
         return Err(TrainError::option("seeds", 0, "1 or more"));
     }
+    let gpu = matches!(
+        recipe.experiment,
+        Experiment::Signals(_) | Experiment::Length(_) | Experiment::Family(_)
+    );
+    if !cells.place().is_cpu() && !gpu {
+        return Err(TrainError::option(
+            "device",
+            format!("a GPU for the recipe {}", recipe.paper),
+            "cpu: only recipes of the kinds signals, length and family run on a GPU",
+        ));
+    }
     match &recipe.experiment {
         Experiment::Signals(signals) => signals.run(recipe, cells, watch),
         Experiment::Length(length) => length.run(recipe, cells, watch),

@@ -86,7 +86,7 @@ impl SignalRecipe {
     }
 
     /// All parts.
-    pub(super) fn parts(&self, seeds: u64) -> Vec<Part<'_>> {
+    pub(super) fn parts<'a>(&'a self, seeds: u64, device: &'a Device) -> Vec<Part<'a>> {
         let shared = serde_json::json!([
             self.task,
             self.steps,
@@ -95,7 +95,7 @@ impl SignalRecipe {
             self.lr
         ]);
         grid(shared, &self.models, seeds, |model, seed, go_on| {
-            self.one(model, seed, go_on)
+            self.one(model, seed, device, go_on)
         })
     }
 
@@ -106,7 +106,8 @@ impl SignalRecipe {
         watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let parts = self.parts(recipe.seeds);
+        let device = cells.place();
+        let parts = self.parts(recipe.seeds, &device);
         let Some(measured) = cells.make(&parts, watch)? else {
             return Ok(None);
         };
@@ -169,9 +170,15 @@ impl SignalRecipe {
     }
 
     /// Test error and training losses of one run; none when asked to stop.
-    fn one(&self, model: &Named, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
+    fn one(
+        &self,
+        model: &Named,
+        seed: u64,
+        device: &Device,
+        go_on: GoOn<'_>,
+    ) -> Result<Option<Cell>> {
         let task = self.task.get();
-        let params = Arc::new(ParamStore::new(seed, DType::F32, &Device::Cpu));
+        let params = Arc::new(ParamStore::new(seed, DType::F32, device));
         let root = params.root();
         let built = SignalModel::new(&model.stack, task.inputs(), task.outputs(), &root)?;
         let objective = Regression::new(Arc::new(built), self.task.clone());

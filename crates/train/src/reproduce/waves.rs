@@ -124,10 +124,11 @@ impl WaveRecipe {
         });
         let shared = shared.unwrap_or_default();
         let memory = self.memory.as_ref().map(Memory::recipe);
+        let device = cells.place();
         let mut parts = grid(shared, &self.models, recipe.seeds, |model, seed, go_on| {
             self.one(model, seed, go_on)
         });
-        parts.extend(memory.iter().flat_map(|m| m.parts(recipe.seeds)));
+        parts.extend(memory.iter().flat_map(|m| m.parts(recipe.seeds, &device)));
         let Some(measured) = cells.make(&parts, watch)? else {
             return Ok(None);
         };

@@ -1,0 +1,403 @@
+//! Operations composed of candle's, for tensors that the kernels of this crate cannot reach: those on a GPU, and those of
+//! types other than f32 and f64. Each is one node of the graph with an analytic gradient, because candle's own gradients
+//! of a composition cost several launches for every operation in it.
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout, Result,
+    Shape, Storage, Tensor, bail,
+};
+use std::cell::Cell;
+use std::sync::Mutex;
+
+thread_local! {
+    static FORCED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether an operation on this tensor is composed: it lies on a GPU, or its type is neither f32 nor f64.
+pub fn composes(x: &Tensor) -> bool {
+    !x.device().is_cpu() || !matches!(x.dtype(), DType::F32 | DType::F64) || FORCED.get()
+}
+
+/// Runs `work` with every operation of this thread composed, also on the CPU: how the compositions are tested.
+pub fn composing<R>(work: impl FnOnce() -> R) -> R {
+    let before = FORCED.replace(true);
+    let result = work();
+    FORCED.set(before);
+    result
+}
+
+/// A composition with its gradient. Tensors come without a graph, contiguous.
+pub trait Composed: Send + Sync + 'static {
+    /// Named in errors.
+    fn name(&self) -> &'static str;
+    /// Inputs to the output.
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor>;
+    /// The gradient of each input, given output and its gradient.
+    fn backward(&self, x: &[Tensor], y: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>>;
+}
+
+/// Runs a composition of one to three inputs as one differentiable operation.
+pub fn node<C: Composed>(op: C, inputs: &[&Tensor]) -> Result<Tensor> {
+    let plain = plain(inputs)?;
+    let y = op.forward(&plain)?;
+    if !inputs.iter().any(|input| input.track_op()) {
+        return Ok(y);
+    }
+    let shape = y.shape().clone();
+    let node = Node {
+        op,
+        shape,
+        value: Mutex::new(Some(y.contiguous()?)),
+    };
+    match inputs {
+        [a] => a.apply_op1(node),
+        [a, b] => a.apply_op2(b, node),
+        [a, b, c] => a.apply_op3(b, c, node),
+        _ => bail!(
+            "{}: found {} inputs, expected 1 to 3",
+            node.op.name(),
+            inputs.len()
+        ),
+    }
+}
+
+fn plain(inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let inputs = inputs.iter().map(|input| input.detach().contiguous());
+    inputs.collect()
+}
+
+struct Node<C> {
+    op: C,
+    shape: Shape,
+    /// The output, until candle has taken it.
+    value: Mutex<Option<Tensor>>,
+}
+
+impl<C: Composed> Node<C> {
+    fn take(&self) -> Result<Tensor> {
+        let mut value = self.value.lock().unwrap_or_else(|e| e.into_inner());
+        match value.take() {
+            Some(value) => Ok(value),
+            None => bail!("{}: its output was taken before", self.op.name()),
+        }
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        let value = self.take()?;
+        let (storage, layout) = value.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((whole(storage, layout)?, self.shape.clone())),
+            _ => bail!(
+                "{}: its inputs lie on the CPU, its output does not",
+                self.op.name()
+            ),
+        }
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        let value = self.take()?;
+        let (storage, layout) = value.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((whole(storage, layout)?, self.shape.clone())),
+            _ => bail!(
+                "{}: its inputs lie on a GPU, its output does not",
+                self.op.name()
+            ),
+        }
+    }
+
+    fn gradients(&self, args: &[&Tensor], y: &Tensor, g: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let parts = self
+            .op
+            .backward(&plain(args)?, &y.detach(), &g.contiguous()?)?;
+        let parts = parts.into_iter().zip(args);
+        Ok(parts
+            .map(|(part, arg)| arg.track_op().then_some(part))
+            .collect())
+    }
+}
+
+/// A copy of a contiguous tensor's elements alone.
+fn whole<S>(storage: &S, layout: &Layout) -> Result<S>
+where
+    S: BackendStorage,
+    S::Device: BackendDevice<Storage = S>,
+{
+    let device = storage.device();
+    // SAFETY: all elements are written below.
+    let mut out = unsafe { device.alloc_uninit(layout.shape(), storage.dtype())? };
+    storage.copy_strided_src(&mut out, 0, layout)?;
+    Ok(out)
+}
+
+impl<C: Composed> CustomOp1 for Node<C> {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn bwd(&self, a: &Tensor, y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.gradients(&[a], y, g)?.into_iter().next().flatten())
+    }
+}
+
+impl<C: Composed> CustomOp2 for Node<C> {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        y: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut parts = self.gradients(&[a, b], y, g)?.into_iter();
+        let mut next = || parts.next().flatten();
+        Ok((next(), next()))
+    }
+}
+
+impl<C: Composed> CustomOp3 for Node<C> {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        y: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut parts = self.gradients(&[a, b, c], y, g)?.into_iter();
+        let mut next = || parts.next().flatten();
+        Ok((next(), next(), next()))
+    }
+}
+
+/// Sum over all axes but the last, as a product with ones: candle's own reduction over leading axes reads far apart.
+pub fn sum_rows(x: &Tensor) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    let rows = x.elem_count() / width.max(1);
+    let x = x.contiguous()?.reshape((rows, width))?;
+    Tensor::ones((1, rows), x.dtype(), x.device())?
+        .matmul(&x)?
+        .squeeze(0)
+}
+
+/// The type sums are made in: f32 for the narrow types.
+pub fn wide(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F32 | DType::F64 => Ok(x.clone()),
+        _ => x.to_dtype(DType::F32),
+    }
+}
+
+/// 1 / (1 + e^-x), which does not overflow.
+pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    (x * 0.5)?.tanh()?.affine(0.5, 0.5)
+}
+
+/// Added to scores that are not seen. Finite: 0 times it stays 0.
+pub const HIDDEN: f64 = -1e30;
+
+/// 0 where `0 <= i - j < window`, [`HIDDEN`] elsewhere, for rows i from `first` and columns j from `from`: [rows, cols], f32.
+pub fn band(
+    (first, rows): (usize, usize),
+    (from, cols): (usize, usize),
+    window: usize,
+    device: &Device,
+) -> Result<Tensor> {
+    type Key = ([usize; 4], usize, candle_core::DeviceLocation);
+    /// Small ones are asked again by every layer.
+    static KEPT: Mutex<Vec<(Key, Tensor)>> = Mutex::new(Vec::new());
+    const KEEP: usize = 8;
+    let key: Key = (
+        [rows, cols, first.wrapping_sub(from), 0],
+        window,
+        device.location(),
+    );
+    let small = rows * cols <= 1 << 22;
+    if small {
+        let kept = KEPT.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, band)) = kept.iter().find(|(k, _)| *k == key) {
+            return Ok(band.clone());
+        }
+    }
+    let line = |start: usize, count: usize| -> Vec<f32> {
+        (start..start + count).map(|i| i as f32).collect()
+    };
+    let i = Tensor::from_vec(line(first, rows), (rows, 1), device)?;
+    let j = Tensor::from_vec(line(from, cols), (1, cols), device)?;
+    let ahead = j.broadcast_sub(&i)?; // [rows, cols]
+    let mut hidden = ahead.gt(0f32)?.to_dtype(DType::F32)?;
+    if window < first + rows {
+        let behind = ahead.le(-(window as f32))?.to_dtype(DType::F32)?;
+        hidden = (hidden + behind)?;
+    }
+    let band = (hidden * HIDDEN)?;
+    if small {
+        let mut kept = KEPT.lock().unwrap_or_else(|e| e.into_inner());
+        if kept.len() == KEEP {
+            kept.remove(0);
+        }
+        kept.push((key, band.clone()));
+    }
+    Ok(band)
+}
+
+/// Rows of `x` [rows, width] by number, repeated at will: [ids, width]. On the CPU candle's own; elsewhere candle adds
+/// gradients one row after the other, and this adds them in groups.
+pub fn rows(x: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let (count, _) = x.dims2()?;
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= count) {
+        bail!("rows: found row {id}, expected one below {count}");
+    }
+    if !composes(x) {
+        return x.index_select(&Tensor::new(ids, x.device())?, 0);
+    }
+    node(Rows { ids: ids.to_vec() }, &[x])
+}
+
+struct Rows {
+    ids: Vec<u32>,
+}
+
+/// Rows that are added at once.
+const TOGETHER: usize = 32;
+
+impl Composed for Rows {
+    fn name(&self) -> &'static str {
+        "rows"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        let ids = Tensor::from_slice(&self.ids, self.ids.len(), x[0].device())?;
+        x[0].index_select(&ids, 0)
+    }
+
+    fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        let (count, width) = x[0].dims2()?;
+        let device = gradient.device();
+        let zero = Tensor::zeros((1, width), gradient.dtype(), device)?;
+        let mut values = gradient.clone();
+        // For each row of x, which rows of `values` it gets.
+        let mut shares: Vec<Vec<u32>> = vec![Vec::new(); count];
+        for (at, &id) in self.ids.iter().enumerate() {
+            shares[id as usize].push(at as u32);
+        }
+        while shares.iter().any(|share| share.len() > 1) {
+            let nothing = values.dim(0)? as u32;
+            let (mut picked, mut groups) = (Vec::new(), 0u32);
+            let most = shares.iter().map(Vec::len).max().unwrap_or(1);
+            let together = TOGETHER.min(most);
+            for share in &mut shares {
+                let mut next = Vec::new();
+                for group in share.chunks(together) {
+                    picked.extend(group);
+                    picked.extend(std::iter::repeat_n(nothing, together - group.len()));
+                    next.push(groups);
+                    groups += 1;
+                }
+                *share = next;
+            }
+            let index = Tensor::from_vec(picked, groups as usize * together, device)?;
+            let all = Tensor::cat(&[&values, &zero], 0)?.index_select(&index, 0)?;
+            values = all.reshape((groups as usize, together, width))?.sum(1)?;
+        }
+        let nothing = values.dim(0)? as u32;
+        let index: Vec<u32> = shares
+            .iter()
+            .map(|share| share.first().copied().unwrap_or(nothing))
+            .collect();
+        let index = Tensor::from_vec(index, count, device)?;
+        Ok(vec![
+            Tensor::cat(&[&values, &zero], 0)?.index_select(&index, 0)?,
+        ])
+    }
+}
+
+/// x_t = a_t x_{t-1} + v_t along the second axis by doubling, in ⌈log₂ length⌉ passes over all steps: real a and v
+/// [batch, length, ..] of one shape, start [batch, ..].
+pub fn doubling(a: &Tensor, v: &Tensor, start: &Tensor) -> Result<Tensor> {
+    let length = v.dim(1)?;
+    if length == 0 {
+        return Ok(v.clone());
+    }
+    // The start acts through the first step alone.
+    let first = (v.narrow(1, 0, 1)? + (a.narrow(1, 0, 1)? * start.unsqueeze(1)?)?)?;
+    let rest = length - 1;
+    let mut v = match rest {
+        0 => first,
+        _ => Tensor::cat(&[&first, &v.narrow(1, 1, rest)?], 1)?,
+    };
+    let mut a = a.clone();
+    let mut step = 1;
+    while step < length {
+        let rest = length - step;
+        let late = a.narrow(1, step, rest)?;
+        let joined = (v.narrow(1, step, rest)? + (&late * v.narrow(1, 0, rest)?)?)?;
+        v = Tensor::cat(&[&v.narrow(1, 0, step)?, &joined], 1)?;
+        if 2 * step < length {
+            let joined = (&late * a.narrow(1, 0, rest)?)?;
+            a = Tensor::cat(&[&a.narrow(1, 0, step)?, &joined], 1)?;
+        }
+        step *= 2;
+    }
+    Ok(v)
+}
