@@ -474,5 +474,6 @@ mod tests {
         assert!(error < 1e-8, "{error}");
         let whole = Tensor::zeros(3, DType::U32, &Device::Cpu).unwrap();
         assert!(softplus(&whole).is_err());
+        assert!(crate::composed::composing(|| softplus(&whole)).is_err());
     }
 }

@@ -1,5 +1,5 @@
 //! Operations composed of candle's, for tensors that the kernels of this crate cannot reach: those on a GPU, and those of
-//! types other than f32 and f64. Each is one node of the graph with an analytic gradient, because candle's own gradients
+//! 16 bits. Each is one node of the graph with an analytic gradient, because candle's own gradients
 //! of a composition cost several launches for every operation in it.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -14,9 +14,9 @@ thread_local! {
     static FORCED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether an operation on this tensor is composed: it lies on a GPU, or its type is neither f32 nor f64.
+/// Whether an operation on this tensor is composed: it lies on a GPU, or its type is a float of 16 bits.
 pub fn composes(x: &Tensor) -> bool {
-    !x.device().is_cpu() || !matches!(x.dtype(), DType::F32 | DType::F64) || FORCED.get()
+    !x.device().is_cpu() || matches!(x.dtype(), DType::F16 | DType::BF16) || FORCED.get()
 }
 
 /// Runs `work` with every operation of this thread composed, also on the CPU: how the compositions are tested.
@@ -39,6 +39,9 @@ pub trait Composed: Send + Sync + 'static {
 
 /// Runs a composition of one to three inputs as one differentiable operation.
 pub fn node<C: Composed>(op: C, inputs: &[&Tensor]) -> Result<Tensor> {
+    if let Some(input) = inputs.iter().find(|input| !input.dtype().is_float()) {
+        bail!("{}: found {:?}, expected floats", op.name(), input.dtype());
+    }
     let plain = plain(inputs)?;
     let y = op.forward(&plain)?;
     if !inputs.iter().any(|input| input.track_op()) {
