@@ -5,7 +5,8 @@ use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{Composed, band, composes, node, wide};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, add_product, add_product_part};
-use crate::learn::{softmax_naive, softmax_pull};
+use crate::learn::composed::softmax_pull;
+use crate::learn::softmax_naive;
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
 

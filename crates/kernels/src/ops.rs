@@ -5,6 +5,7 @@
 //! Which one runs follows from the weights, so one model definition serves reading and learning.
 //! Tokens of all sequences lie flat in the first dimension: activations are [tokens, width].
 
+use crate::composed::composes;
 use crate::elementwise::{self, Gate};
 use crate::learn;
 use crate::linear;
@@ -75,7 +76,7 @@ fn dense(parts: &[DensePart], x: &Tensor) -> Result<Vec<Tensor>> {
     let outputs = parts.iter().map(|part| {
         let (weight, bias) = (&part.weight, part.bias.as_ref());
         let same = |t: &Tensor| t.dtype() == x.dtype();
-        if (x.track_op() || !learn::fits(x)) && same(weight) && bias.is_none_or(same) {
+        if (x.track_op() || composes(x)) && same(weight) && bias.is_none_or(same) {
             return linear::linear(x, weight, bias);
         }
         linear::linear_naive(x, weight, bias)

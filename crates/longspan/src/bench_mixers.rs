@@ -129,8 +129,8 @@ fn gpu_memory(_: &Device) -> Option<(u64, u64)> {
     None
 }
 
-/// Runs `f` while another thread asks the GPU how much of its memory is taken, a thousand times a second; what its pool held
-/// before is given back first, so that what is taken is what was asked for.
+/// Runs `f` while another thread asks the GPU how much of its memory is taken, a thousand times a second. What its pool
+/// held unused before counts as taken before, so the figure is a lower bound.
 fn watched<T>(device: &Device, f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     device.synchronize()?;
