@@ -112,20 +112,42 @@ struct Shadow {
 struct Budget {
     /// Seconds of a pass, smoothed; None = not measured.
     seconds: [Option<f64>; 11],
-    /// Per number of matched query tokens: accepted guesses within the budget, smoothed.
+    /// Per class of drafts: accepted guesses within the budget, smoothed.
     accepted: Vec<[f64; 11]>,
 }
 
 /// Weight of the newest observation.
 const SMOOTHING: f64 = 0.15;
 
+/// What part of the guesses holds before anything is known, by how many of the last tokens had been guessed in a
+/// row: whoever copies goes on copying. None, 1, 2 or 3, 4 to 7, 8 and more.
+const GUESSED: [f64; 5] = [0.35, 0.6, 0.75, 0.85, 0.95];
+
+/// Cost of one more token in a pass, in passes of one token, before it is measured.
+const MORE: f64 = 0.1;
+
 impl Budget {
-    fn new(classes: usize) -> Budget {
+    /// For queries of at most `most_matched` tokens.
+    fn new(most_matched: usize) -> Budget {
+        let prior = |&p: &f64| -> [f64; 11] {
+            // A chain of 2^size - 1 guesses each of which holds with probability p.
+            std::array::from_fn(|size| p * (1.0 - p.powi((1 << size) - 1)) / (1.0 - p))
+        };
         Budget {
             seconds: [None; 11],
-            // Drafts are tried until they turn out not to pay.
-            accepted: vec![[1.0; 11]; classes + 1],
+            accepted: GUESSED
+                .iter()
+                .map(prior)
+                .cycle()
+                .take((most_matched + 1) * GUESSED.len())
+                .collect(),
         }
+    }
+
+    /// The class of a draft: query tokens `matched`, and the tokens that were guessed in a `row` before it.
+    fn class(matched: usize, row: usize) -> usize {
+        let row = (usize::BITS - row.leading_zeros()) as usize;
+        matched * GUESSED.len() + row.min(GUESSED.len() - 1)
     }
 
     fn size_class(tokens: usize) -> usize {
@@ -155,8 +177,8 @@ impl Budget {
         let mut best = (1.0 / plain, 1);
         let mut known = plain;
         for size in 1..=Self::size_class(nodes) {
-            // An unmeasured size is taken to cost a little more than the one below it.
-            known = self.seconds[size].unwrap_or(known * 1.1).max(known);
+            let guess = plain * (1.0 + MORE * ((1 << size) - 1) as f64);
+            known = self.seconds[size].unwrap_or(guess).max(known);
             let gain = (1.0 + self.accepted[class][size]) / known;
             // A gain within the noise is not worth a larger pass.
             if gain > best.0 * 1.02 {
@@ -180,7 +202,10 @@ pub struct Lookahead {
     most_nodes: usize,
     /// The tree whose logits come next; None = plain logits.
     fed: Option<DraftTree>,
-    shadow: Option<Shadow>,
+    /// Drafts whose end is not reached, the oldest first.
+    shadows: Vec<Shadow>,
+    /// Last tokens that had been guessed, in a row.
+    guessed: usize,
     asked_at: Option<(Instant, usize)>,
 }
 
@@ -203,7 +228,8 @@ impl Lookahead {
             idx: None,
             most_nodes: usize::MAX,
             fed: None,
-            shadow: None,
+            shadows: Vec::new(),
+            guessed: 0,
             asked_at: None,
         })
     }
@@ -274,23 +300,40 @@ impl Lookahead {
         write().map_err(|source| file_error(&path, source))
     }
 
-    /// Compares emitted tokens with the draft kept for that.
+    /// Compares an emitted token with the drafts kept for that.
     fn follow(&mut self, token: u32) {
-        let Some(shadow) = &mut self.shadow else {
-            return;
-        };
-        let next: Vec<u32> = shadow
-            .cursors
-            .iter()
-            .flat_map(|&cursor| shadow.tree.children_with(cursor, token))
-            .collect();
-        if let Some(&first) = next.first() {
-            shadow.accepted.push(first);
-            shadow.cursors = next;
-            return;
-        }
-        if let Some(shadow) = self.shadow.take() {
-            self.budget.learn(shadow.class, &shadow.accepted);
+        // Of the newest draft that has guesses left; older ones mostly say the same.
+        let mut guessed = self.shadows.is_empty().then_some(false);
+        let budget = &mut self.budget;
+        self.shadows.retain_mut(|shadow| {
+            let (tree, cursors) = (&shadow.tree, &shadow.cursors);
+            let next: Vec<u32> = cursors
+                .iter()
+                .flat_map(|&cursor| tree.children_with(cursor, token))
+                .collect();
+            if cursors
+                .iter()
+                .any(|&cursor| tree.parents().contains(&cursor))
+            {
+                guessed = Some(!next.is_empty());
+            }
+            match next.first() {
+                Some(&first) => {
+                    shadow.accepted.push(first);
+                    shadow.cursors = next;
+                    true
+                }
+                None => {
+                    budget.learn(shadow.class, &shadow.accepted);
+                    false
+                }
+            }
+        });
+        match guessed {
+            Some(true) => self.guessed += 1,
+            Some(false) => self.guessed = 0,
+            // The draft was right to its end: nothing more is known.
+            None => {}
         }
     }
 
@@ -318,16 +361,17 @@ impl Lookahead {
         };
         let draft = self.locked(&eos).draft(config.layout, &ask);
         let mut nodes = draft.tree.len().min(self.most_nodes);
+        let class = Budget::class(draft.matched, self.guessed);
         if config.adaptive && nodes > 1 {
-            nodes = self.budget.choose(draft.matched, nodes);
+            nodes = self.budget.choose(class, nodes);
         }
         let tree = (nodes > 1).then(|| first_nodes(&draft.tree, nodes));
-        if self.shadow.is_none() && draft.tree.len() > 1 {
-            self.shadow = Some(Shadow {
+        if draft.tree.len() > 1 {
+            self.shadows.push(Shadow {
                 tree: draft.tree,
                 cursors: vec![0],
                 accepted: Vec::new(),
-                class: draft.matched,
+                class,
             });
         }
         self.asked_at = Some((Instant::now(), nodes));
@@ -373,7 +417,9 @@ impl Strategy for Lookahead {
         self.most_nodes = limits.most_tree_nodes;
         self.writer = Writer::new(session, request);
         self.sampler.begin(self.writer.history.len());
-        (self.fed, self.shadow, self.asked_at) = (None, None, None);
+        (self.fed, self.asked_at) = (None, None);
+        self.shadows.clear();
+        self.guessed = 0;
         let length = self.branch();
         let prompt = self.writer.history.clone();
         let mut store = self.locked(&request.eos);
@@ -463,6 +509,22 @@ mod tests {
         assert_eq!(budget.choose(1, 40), 1, "drafts that fail are not fed");
         assert_eq!(budget.choose(2, 40), 8, "nor is more than pays");
         assert_eq!(budget.choose(2, 5), 5);
+    }
+
+    #[test]
+    fn drafts_are_longer_while_guesses_hold() {
+        let mut budget = Budget::new(2);
+        budget.time(1, 1.0);
+        let sizes: Vec<usize> = [0, 1, 3, 7, 20]
+            .map(|row| budget.choose(Budget::class(2, row), 40))
+            .to_vec();
+        assert!(sizes.is_sorted() && sizes[0] < sizes[4], "{sizes:?}");
+        // Each class learns for itself.
+        for _ in 0..60 {
+            budget.learn(Budget::class(2, 20), &[]);
+        }
+        assert_eq!(budget.choose(Budget::class(2, 20), 40), 1);
+        assert_eq!(budget.choose(Budget::class(2, 3), 40), sizes[2]);
     }
 
     #[test]
