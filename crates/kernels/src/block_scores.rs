@@ -134,16 +134,12 @@ impl<'a> Prober<'a> {
             scratch.panel.resize(dim * PAGE, 0.0);
             scratch.products.resize(rows * PAGE, 0.0);
             let mut first = 0;
+            let (mut end, mut used) = panel_end(pieces, first);
             while first < pieces.len() {
-                let (mut used, mut end) = (0, first);
-                while let Some(piece) = pieces.get(end) {
-                    if used + piece.count > PAGE {
-                        break;
-                    }
-                    used += piece.count;
-                    end += 1;
+                let (next, next_used) = panel_end(pieces, end);
+                for piece in &pieces[end..next] {
+                    (self.layout).fetch_keys(piece.keys, piece.slot, piece.count);
                 }
-                assert!(end > first, "a piece of more than {PAGE} keys");
                 self.panel(&pieces[first..end], used, scratch);
                 let (best, rest) = scratch.products.split_at_mut(PAGE);
                 columns_best(self.level, rest, best);
@@ -153,7 +149,7 @@ impl<'a> Prober<'a> {
                     *out = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                     slot += piece.count;
                 }
-                first = end;
+                (first, end, used) = (end, next, next_used);
             }
         });
     }
@@ -232,6 +228,20 @@ impl<'a> Prober<'a> {
             });
         }
     }
+}
+
+/// The end of the pieces from `first` on that fill a panel together, and their keys.
+fn panel_end(pieces: &[Piece], first: usize) -> (usize, usize) {
+    let (mut used, mut end) = (0, first);
+    while let Some(piece) = pieces.get(end).filter(|p| used + p.count <= PAGE) {
+        used += piece.count;
+        end += 1;
+    }
+    assert!(
+        end > first || end == pieces.len(),
+        "a piece of more than {PAGE} keys"
+    );
+    (end, used)
 }
 
 /// Copies pieces to one section, side by side.
