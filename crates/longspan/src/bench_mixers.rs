@@ -55,8 +55,8 @@ fn parse(text: &str, length: usize) -> Result<MixerConfig> {
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.into()));
         map.insert(key.into(), value);
     }
-    if kind == "s4" {
-        // The kernel that is trained is as long as the sequences.
+    if matches!(kind, "s4" | "dss" | "hyena") {
+        // The filter that is trained is as long as the sequences.
         map.entry("l_max").or_insert(length.into());
     }
     serde_json::from_value(Value::Object(map)).with_context(|| format!("mixer {text}"))

@@ -142,49 +142,45 @@ impl AttentionMixer {
         })
     }
 
-    /// What is added to the logits: [1, heads, queries, keys]; queries are the last of the keys' positions.
+    /// What is added to the logits: [1, heads or 1, queries, keys]; queries are the last of the keys' positions. Made
+    /// where the logits are: on a GPU a table from the host would take longer than the attention.
     fn logit_bias(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
-        let (heads, past) = (self.config.heads, keys - queries);
-        let hidden = |i: usize, j: usize| j > past + i;
-        let distance = |i: usize, j: usize| (past + i).saturating_sub(j);
-        let all = || (0..queries).flat_map(|i| (0..keys).map(move |j| (i, j)));
-        let slopes = match self.config.position {
-            Position::Alibi => alibi::slopes(heads),
-            _ => vec![0.0],
+        let (device, past) = (like.device(), keys - queries);
+        let places =
+            |count: usize| Tensor::arange(0u32, count as u32, device)?.to_dtype(DType::F32);
+        let rows = (places(queries)? + past as f64)?.reshape((queries, 1))?;
+        // Negative where a key is hidden.
+        let distance = rows.broadcast_sub(&places(keys)?.reshape((1, keys))?)?;
+        let behind = distance.relu()?;
+        let seen = match (&self.config.position, &self.bias) {
+            (Position::Alibi, _) => {
+                let slopes = alibi::slopes(self.config.heads);
+                let fall: Vec<f32> = slopes.iter().map(|&slope| -slope as f32).collect();
+                let fall = Tensor::from_vec(fall, (slopes.len(), 1, 1), device)?;
+                behind.unsqueeze(0)?.broadcast_mul(&fall)?
+            }
+            (
+                &Position::T5Bias {
+                    buckets,
+                    max_distance,
+                },
+                Some(table),
+            ) => {
+                let bucket = |distance| t5_bucket(distance, buckets, max_distance) as u32;
+                let bucket: Vec<u32> = (0..keys).map(bucket).collect();
+                let by_distance = table.index_select(&Tensor::new(bucket, device)?, 0)?;
+                by_distance
+                    .index_select(&behind.to_dtype(DType::U32)?.flatten_all()?, 0)?
+                    .t()?
+                    .reshape((self.config.heads, queries, keys))?
+            }
+            _ => Tensor::zeros((1, queries, keys), DType::F32, device)?,
         };
-        let fixed: Vec<f32> = slopes
-            .iter()
-            .flat_map(|slope| {
-                all().map(move |(i, j)| {
-                    if hidden(i, j) {
-                        f32::NEG_INFINITY
-                    } else {
-                        -(slope * distance(i, j) as f64) as f32
-                    }
-                })
-            })
-            .collect();
-        let shape = (1, slopes.len(), queries, keys);
-        let fixed = Tensor::from_vec(fixed, shape, like.device())?.to_dtype(like.dtype())?;
-        let (
-            Some(table),
-            &Position::T5Bias {
-                buckets,
-                max_distance,
-            },
-        ) = (&self.bias, &self.config.position)
-        else {
-            return Ok(fixed);
-        };
-        let index: Vec<u32> = all()
-            .map(|(i, j)| t5_bucket(distance(i, j), buckets, max_distance) as u32)
-            .collect();
-        table
-            .index_select(&Tensor::new(index, like.device())?, 0)?
-            .t()?
-            .contiguous()?
-            .reshape((1, heads, queries, keys))?
-            .broadcast_add(&fixed)
+        let shape = seen.shape();
+        let never = Tensor::new(f32::NEG_INFINITY, device)?.to_dtype(seen.dtype())?;
+        let hidden = distance.lt(0f32)?.broadcast_as(shape)?;
+        let bias = hidden.where_cond(&never.broadcast_as(shape)?, &seen)?;
+        bias.unsqueeze(0)?.to_dtype(like.dtype())
     }
 
     /// x [batch, heads, tokens, head_dim] of positions from `start`, turned.
