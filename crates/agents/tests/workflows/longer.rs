@@ -7,7 +7,7 @@ use longspan_agents::workflow::Silent;
 use longspan_agents::workflow::agent_write::{
     AgentWrite, AgentWriteConfig, Step, count_words, write_prompt,
 };
-use longspan_agents::workflow::summary::{self, Kind, SummaryConfig, Utterance};
+use longspan_agents::workflow::summary::{self, Kind, SummaryConfig, SummaryOutcome, Utterance};
 use longspan_agents::workflow::xl3m::{self, Xl3mConfig};
 use longspan_infer::key_context::Distribution;
 use std::sync::Arc;
@@ -205,6 +205,10 @@ fn writing_says_what_fails_and_shortens_what_it_shows() {
     }
 }
 
+fn summarized(model: &Scripted, text: &str, kind: &Kind, config: &SummaryConfig) -> SummaryOutcome {
+    summary::run(model, text, kind, config, &Call::default(), &mut Silent).unwrap()
+}
+
 #[test]
 fn summaries_hand_on_the_block_before_and_merge() {
     let model = Scripted::new(|request: &Request| {
@@ -225,15 +229,7 @@ fn summaries_hand_on_the_block_before_and_merge() {
         ..SummaryConfig::default()
     };
     let text = filler(60);
-    let found = summary::run(
-        &model,
-        &text,
-        &Kind::Book,
-        &config,
-        &Call::default(),
-        &mut Silent,
-    )
-    .unwrap();
+    let found = summarized(&model, &text, &Kind::Book, &config);
     let blocks: Vec<_> = found.nodes.iter().filter(|node| node.level == 0).collect();
     let spans: Vec<&str> = blocks
         .iter()
@@ -259,15 +255,7 @@ fn summaries_hand_on_the_block_before_and_merge() {
     assert_eq!(found.took.calls, found.nodes.len());
     // A model that never shortens comes to an end.
     let stubborn = Scripted::new(|_| Ok("word ".repeat(60)));
-    summary::run(
-        &stubborn,
-        &text,
-        &Kind::Book,
-        &config,
-        &Call::default(),
-        &mut Silent,
-    )
-    .unwrap();
+    summarized(&stubborn, &text, &Kind::Book, &config);
     // A meeting has a theme in every prompt.
     let said = |role: &str, content: &str| Utterance {
         role: role.into(),
@@ -289,15 +277,7 @@ fn summaries_hand_on_the_block_before_and_merge() {
         meeting_block: 100,
         ..config
     };
-    let found = summary::run(
-        &model,
-        &text,
-        &Kind::Meeting(utterances),
-        &small,
-        &Call::default(),
-        &mut Silent,
-    )
-    .unwrap();
+    let found = summarized(&model, &text, &Kind::Meeting(utterances), &small);
     assert_eq!(found.theme.as_deref(), Some("The harbour"));
     assert!(model.requests()[1..].iter().all(|request| {
         request
