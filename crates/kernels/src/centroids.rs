@@ -4,13 +4,13 @@
 use crate::attention::PAGE;
 use crate::cpu::Level;
 use crate::elementwise::exp;
-use crate::panel::{at_level, expand_f16, panel_products};
+use crate::panel::{at_level, half_products, panel_products};
 use std::cell::RefCell;
 use std::ops::Range;
 
 thread_local! {
-    /// A panel in f32, and products with it.
-    static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = RefCell::default();
+    /// Products with a panel.
+    static SCRATCH: RefCell<Vec<f32>> = RefCell::default();
 }
 
 /// Vectors in panels: `[ceil(count / 64)][dim][64]`, zeros after the last.
@@ -19,8 +19,8 @@ pub struct Panels {
     dim: usize,
     count: usize,
     data: Vec<f32>,
-    /// In place of `data`: `[ceil(count / 64)][dim / 2][64][2]` in f16, as keys of a page lie.
-    half: Vec<u8>,
+    /// In place of `data`: the same in f16.
+    half: Vec<u16>,
 }
 
 impl Panels {
@@ -42,24 +42,15 @@ impl Panels {
         }
     }
 
-    /// The same rounded to f16, half the bytes to read; `dim` is even.
+    /// The same rounded to f16, half the bytes to read.
     pub fn half(rows: &[f32], dim: usize) -> Self {
-        let count = rows.len() / dim;
-        let mut half = vec![0u8; count.div_ceil(PAGE) * dim * PAGE * 2];
-        for (index, row) in rows.chunks_exact(dim).enumerate() {
-            let panel = &mut half[index / PAGE * dim * PAGE * 2..];
-            for (d, &x) in row.iter().enumerate() {
-                let bits = half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits();
-                let at = ((d / 2 * PAGE + index % PAGE) * 2 + d % 2) * 2;
-                panel[at..at + 2].copy_from_slice(&bits.to_ne_bytes());
-            }
-        }
-        Panels {
-            dim,
-            count,
-            data: Vec::new(),
-            half,
-        }
+        let mut panels = Panels::new(rows, dim);
+        let round = |x: f32| half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits();
+        panels.half = std::mem::take(&mut panels.data)
+            .into_iter()
+            .map(round)
+            .collect();
+        panels
     }
 
     /// Elements of a vector.
@@ -79,7 +70,7 @@ impl Panels {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.data.len() * 4 + self.half.len()
+        self.data.len() * 4 + self.half.len() * 2
     }
 
     /// Products of queries `[n, dim]` with every vector: `[n][out_stride]`, of which the first
@@ -125,18 +116,14 @@ impl Panels {
     ) {
         let level = level.min(Level::detected());
         let (rows, size) = (queries.len() / self.dim, self.dim * PAGE);
-        SCRATCH.with_borrow_mut(|scratch| {
-            let (panel, products) = scratch;
+        SCRATCH.with_borrow_mut(|products| {
             products.resize(rows * PAGE, 0.0);
-            panel.resize(size, 0.0);
             for index in panels {
-                let panel = if self.half.is_empty() {
-                    &self.data[index * size..][..size]
-                } else {
-                    expand_f16(level, &self.half[index * size * 2..][..size * 2], panel);
-                    &panel[..]
-                };
-                panel_products(level, panel, self.dim, queries, products);
+                let panel = index * size..(index + 1) * size;
+                match self.half.is_empty() {
+                    true => panel_products(level, &self.data[panel], self.dim, queries, products),
+                    false => half_products(level, &self.half[panel], self.dim, queries, products),
+                }
                 for (row, products) in products.chunks_exact(PAGE).enumerate() {
                     write(row, index * PAGE, products);
                 }

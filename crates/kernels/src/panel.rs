@@ -80,6 +80,107 @@ fn rows_body<const FMA: bool, const R: usize>(
     R
 }
 
+/// out `[n][64]` = queries `[n, dim]` times a panel `[dim][64]` of f16, which is widened on the way.
+pub(crate) fn half_products(
+    level: Level,
+    panel: &[u16],
+    dim: usize,
+    queries: &[f32],
+    out: &mut [f32],
+) {
+    assert!(panel.len() == dim * PAGE && out.len() == queries.len() / dim * PAGE);
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::*;
+
+        #[target_feature(enable = "avx512f")]
+        unsafe fn wide<const R: usize>(
+            panel: &[u16],
+            dim: usize,
+            queries: &[f32],
+            out: &mut [f32],
+        ) {
+            let mut sums = [[_mm512_setzero_ps(); PAGE / 16]; R];
+            for d in 0..dim {
+                let row = panel.as_ptr().add(d * PAGE);
+                let keys: [__m512; PAGE / 16] = std::array::from_fn(|part| {
+                    _mm512_cvtph_ps(_mm256_loadu_si256(row.add(part * 16).cast()))
+                });
+                for r in 0..R {
+                    let x = _mm512_set1_ps(*queries.get_unchecked(r * dim + d));
+                    for part in 0..PAGE / 16 {
+                        sums[r][part] = _mm512_fmadd_ps(x, keys[part], sums[r][part]);
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (part, &sum) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(out.as_mut_ptr().add(r * PAGE + part * 16), sum);
+                }
+            }
+        }
+
+        #[target_feature(enable = "avx2,f16c,fma")]
+        unsafe fn middle<const R: usize>(
+            panel: &[u16],
+            dim: usize,
+            queries: &[f32],
+            out: &mut [f32],
+        ) {
+            const QUARTER: usize = PAGE / 4;
+            for first in (0..PAGE).step_by(QUARTER) {
+                let mut sums = [[_mm256_setzero_ps(); QUARTER / 8]; R];
+                for d in 0..dim {
+                    let row = panel.as_ptr().add(d * PAGE + first);
+                    let keys: [__m256; QUARTER / 8] = std::array::from_fn(|part| {
+                        _mm256_cvtph_ps(_mm_loadu_si128(row.add(part * 8).cast()))
+                    });
+                    for r in 0..R {
+                        let x = _mm256_set1_ps(*queries.get_unchecked(r * dim + d));
+                        for part in 0..QUARTER / 8 {
+                            sums[r][part] = _mm256_fmadd_ps(x, keys[part], sums[r][part]);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    for (part, &sum) in sums.iter().enumerate() {
+                        _mm256_storeu_ps(out.as_mut_ptr().add(r * PAGE + first + part * 8), sum);
+                    }
+                }
+            }
+        }
+
+        if level >= Level::Avx2 {
+            let rows = queries.chunks(4 * dim);
+            for (queries, out) in rows.zip(out.chunks_mut(4 * PAGE)) {
+                // SAFETY: callers bound the level by the detected one; lengths are checked above.
+                unsafe {
+                    match (level, queries.len() / dim) {
+                        (Level::Avx2, 1) => middle::<1>(panel, dim, queries, out),
+                        (Level::Avx2, 2) => middle::<2>(panel, dim, queries, out),
+                        (Level::Avx2, 3) => middle::<3>(panel, dim, queries, out),
+                        (Level::Avx2, _) => middle::<4>(panel, dim, queries, out),
+                        (_, 1) => wide::<1>(panel, dim, queries, out),
+                        (_, 2) => wide::<2>(panel, dim, queries, out),
+                        (_, 3) => wide::<3>(panel, dim, queries, out),
+                        (_, _) => wide::<4>(panel, dim, queries, out),
+                    }
+                }
+            }
+            return;
+        }
+    }
+    let _ = level;
+    out.fill(0.0);
+    for (query, out) in queries.chunks_exact(dim).zip(out.chunks_exact_mut(PAGE)) {
+        for (x, row) in query.iter().zip(panel.chunks_exact(PAGE)) {
+            for (sum, &key) in out.iter_mut().zip(row) {
+                *sum += x * half::f16::from_bits(key).to_f32();
+            }
+        }
+    }
+}
+
 /// A section of keys as a panel.
 pub(crate) fn expand(level: Level, layout: &KvLayout, section: &[u8], panel: &mut [f32]) {
     match layout.dtype {

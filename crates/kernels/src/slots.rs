@@ -28,6 +28,19 @@ impl Run {
     }
 }
 
+/// Asks for the cache line at an address that will be read soon; any address may be given.
+#[inline(always)]
+pub fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which reads nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 impl KvLayout {
     /// The bytes of a plane that belong to one kv head.
     pub fn section(&self, kv_head: usize) -> std::ops::Range<usize> {
@@ -46,19 +59,12 @@ impl KvLayout {
     /// Asks for the keys of `count` slots of one kv head's section, which will be read soon. Scattered runs are a
     /// miss a row, which the CPU does not foresee.
     pub(crate) fn fetch_keys(&self, section: &[u8], slot: usize, count: usize) {
-        #[cfg(target_arch = "x86_64")]
         for row in 0..self.key_rows() {
             let at = (row * PAGE + slot) * 4;
             for line in (at & !63..at + count * 4).step_by(64) {
-                // SAFETY: a hint; any address may be given.
-                unsafe {
-                    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                    _mm_prefetch::<_MM_HINT_T0>(section.as_ptr().wrapping_add(line).cast());
-                }
+                prefetch(section.as_ptr().wrapping_add(line));
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (section, slot, count);
     }
 
     /// Copies keys of one kv head; `from` and `to` are that head's sections of two key planes.

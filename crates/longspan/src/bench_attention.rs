@@ -12,6 +12,7 @@ use longspan_infer::context::{ContextConfig, ContextPolicy};
 use longspan_infer::kv::{KvStore, Rows};
 use longspan_kernels::attention::KvLayout;
 use longspan_kernels::cpu::Level;
+use longspan_kernels::measure::{self, Stage};
 use longspan_kernels::pool::Pool;
 use serde_json::json;
 use std::time::Instant;
@@ -192,6 +193,8 @@ struct Times {
     prefill: f64,
     kept: Option<f64>,
     seal: f64,
+    /// Parts of `decode`: what the policy chose, the attention kernel.
+    split: [f64; 2],
 }
 
 /// Runs the bench.
@@ -351,10 +354,21 @@ fn measure(
         let mut fork = layer.fork();
         let before = fork.policy.report();
         let mut seconds = 0.0;
+        measure::watch(true);
         for index in 0..args.decode {
             seconds += fork.read(&next, index..index + 1)?;
         }
+        let stages = measure::totals();
+        measure::watch(false);
+        let before_this = times.decode;
         best(&mut times.decode, seconds / args.decode as f64);
+        if times.decode != before_this {
+            let of = |wanted: Stage| {
+                let found = stages.iter().find(|(stage, _)| *stage == wanted);
+                found.map_or(0.0, |(_, spent)| spent.as_secs_f64() / args.decode as f64)
+            };
+            times.split = [of(Stage::Policy), of(Stage::Attention)];
+        }
         let after = fork.policy.report();
         let offered = after.offered - before.offered;
         times.kept = (offered > 0).then(|| (after.taken - before.taken) as f64 / offered as f64);
@@ -367,7 +381,8 @@ fn report(method: &ContextConfig, length: usize, times: &Times, full: &Times, js
     if json {
         let row = json!({
             "method": method.to_string(), "length": length,
-            "decode_seconds": times.decode, "decode_ratio": ratio(full.decode, times.decode),
+            "decode_seconds": times.decode, "policy_seconds": times.split[0], "attention_seconds": times.split[1],
+            "decode_ratio": ratio(full.decode, times.decode),
             "prefill_seconds": (times.prefill > 0.0).then_some(times.prefill),
             "prefill_ratio": ratio(full.prefill, times.prefill),
             "seal_seconds": times.seal, "kept": times.kept,
@@ -376,10 +391,12 @@ fn report(method: &ContextConfig, length: usize, times: &Times, full: &Times, js
         return;
     }
     print!(
-        "{:>9} tokens  {:<28} decode {:>9.1} us a token, {:>5.2} x full",
+        "{:>9} tokens  {:<28} decode {:>9.1} us a token ({:.1} choosing, {:.1} attending), {:>5.2} x full",
         ui::count(length as u64),
         method.to_string(),
         times.decode * 1e6,
+        times.split[0] * 1e6,
+        times.split[1] * 1e6,
         ratio(full.decode, times.decode).unwrap_or(0.0),
     );
     if times.prefill > 0.0 {

@@ -114,6 +114,8 @@ struct Budget {
     seconds: [Option<f64>; 11],
     /// Per class of drafts: accepted guesses within the budget, smoothed.
     accepted: Vec<[f64; 11]>,
+    /// Time that may be lost on guesses, in passes of one token: what earlier ones won and a little more.
+    credit: f64,
 }
 
 /// Weight of the newest observation.
@@ -125,6 +127,13 @@ const GUESSED: [f64; 5] = [0.35, 0.6, 0.75, 0.85, 0.95];
 
 /// Cost of one more token in a pass, in passes of one token, before it is measured.
 const MORE: f64 = 0.1;
+
+/// Credit of an answer before its first token. With [`INCOME`] it bounds what failing guesses are expected to cost:
+/// half a pass and 2 % of the answer.
+const CREDIT: f64 = 0.5;
+
+/// Credit that each token brings.
+const INCOME: f64 = 0.02;
 
 impl Budget {
     /// For queries of at most `most_matched` tokens.
@@ -141,6 +150,7 @@ impl Budget {
                 .cycle()
                 .take((most_matched + 1) * GUESSED.len())
                 .collect(),
+            credit: CREDIT,
         }
     }
 
@@ -170,16 +180,39 @@ impl Budget {
         }
     }
 
-    /// The number of nodes worth feeding, of a draft of `nodes`.
+    /// Passes of one token that a pass of each size costs: measured, and before that a prior; never less than a smaller one's.
+    fn costs(&self, plain: f64) -> [f64; 11] {
+        let mut known = 1.0f64;
+        std::array::from_fn(|size| {
+            let guess = 1.0 + MORE * ((1 << size) - 1) as f64;
+            known = known.max(self.seconds[size].map_or(guess, |seconds| seconds / plain));
+            known
+        })
+    }
+
+    /// Books a pass of `fed` tokens that brought `emitted`.
+    fn settle(&mut self, fed: usize, emitted: usize) {
+        let cost = match self.seconds[0] {
+            Some(plain) => self.costs(plain)[Self::size_class(fed)],
+            None => 1.0,
+        };
+        self.credit += emitted as f64 * (1.0 + INCOME) - cost;
+    }
+
+    /// The number of nodes worth feeding, of a draft of `nodes`: what brings most tokens a second, as far as the credit
+    /// bears what is lost, on average, when none of them holds. Without a measured pass of one token, that one is made first.
     fn choose(&self, class: usize, nodes: usize) -> usize {
-        let plain = self.seconds[0].or_else(|| self.seconds.iter().flatten().copied().next());
-        let Some(plain) = plain else { return nodes };
-        let mut best = (1.0 / plain, 1);
-        let mut known = plain;
+        let Some(plain) = self.seconds[0] else {
+            return 1;
+        };
+        let costs = self.costs(plain);
+        let fails = 1.0 - self.accepted[class][1].min(1.0);
+        let mut best = (1.0, 1);
         for size in 1..=Self::size_class(nodes) {
-            let guess = plain * (1.0 + MORE * ((1 << size) - 1) as f64);
-            known = self.seconds[size].unwrap_or(guess).max(known);
-            let gain = (1.0 + self.accepted[class][size]) / known;
+            if fails * (costs[size] - 1.0) > self.credit {
+                break;
+            }
+            let gain = (1.0 + self.accepted[class][size]) / costs[size];
             // A gain within the noise is not worth a larger pass.
             if gain > best.0 * 1.02 {
                 best = (gain, nodes.min(1 << size));
@@ -420,6 +453,7 @@ impl Strategy for Lookahead {
         (self.fed, self.asked_at) = (None, None);
         self.shadows.clear();
         self.guessed = 0;
+        self.budget.credit = CREDIT;
         let length = self.branch();
         let prompt = self.writer.history.clone();
         let mut store = self.locked(&request.eos);
@@ -438,7 +472,8 @@ impl Strategy for Lookahead {
         logits: &[f32],
         emit: &mut Emit<'_>,
     ) -> Result<Action> {
-        if let Some((at, tokens)) = self.asked_at.take() {
+        let asked = self.asked_at.take();
+        if let Some((at, tokens)) = asked {
             self.budget.time(tokens, at.elapsed().as_secs_f64());
         }
         let vocab = session.vocab_size();
@@ -466,6 +501,9 @@ impl Strategy for Lookahead {
             session.commit_path(self.writer.request.seq, &tree.path(here[0]))?;
         }
         let emitted = self.writer.history[before..].to_vec();
+        if let Some((_, tokens)) = asked {
+            self.budget.settle(tokens, emitted.len());
+        }
         emitted.iter().for_each(|&token| self.follow(token));
         let (length, eos) = (self.branch(), self.writer.request.eos.clone());
         if let Some(idx) = self.idx {
@@ -491,7 +529,11 @@ mod tests {
     #[test]
     fn the_budget_follows_acceptance_and_time() {
         let mut budget = Budget::new(2);
-        assert_eq!(budget.choose(1, 40), 40, "nothing is known: all is tried");
+        assert_eq!(
+            budget.choose(1, 40),
+            1,
+            "nothing is known: the first pass measures"
+        );
         for (tokens, seconds) in [
             (1, 1.0),
             (2, 1.05),
@@ -506,6 +548,7 @@ mod tests {
             budget.learn(1, &[]);
             budget.learn(2, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
         }
+        budget.credit = 10.0;
         assert_eq!(budget.choose(1, 40), 1, "drafts that fail are not fed");
         assert_eq!(budget.choose(2, 40), 8, "nor is more than pays");
         assert_eq!(budget.choose(2, 5), 5);
@@ -515,6 +558,7 @@ mod tests {
     fn drafts_are_longer_while_guesses_hold() {
         let mut budget = Budget::new(2);
         budget.time(1, 1.0);
+        budget.credit = 10.0;
         let sizes: Vec<usize> = [0, 1, 3, 7, 20]
             .map(|row| budget.choose(Budget::class(2, row), 40))
             .to_vec();
@@ -525,6 +569,29 @@ mod tests {
         }
         assert_eq!(budget.choose(Budget::class(2, 20), 40), 1);
         assert_eq!(budget.choose(Budget::class(2, 3), 40), sizes[2]);
+    }
+
+    #[test]
+    fn failing_guesses_cost_no_more_than_the_credit() {
+        let mut budget = Budget::new(2);
+        let (mut spent, class) = (0.0, Budget::class(2, 0));
+        let pass = |budget: &mut Budget, holds: bool| {
+            let fed = budget.choose(class, 40);
+            let seconds = 1.0 + 0.12 * (fed - 1) as f64;
+            budget.time(fed, seconds);
+            budget.settle(fed, if holds { fed } else { 1 });
+            (fed, seconds)
+        };
+        // Acceptance is never learned: the worst case. One bet may overdraw the credit, none follows until it is back.
+        for tokens in 1..=200 {
+            spent += pass(&mut budget, false).1;
+            let lost = spent - f64::from(tokens);
+            let most = CREDIT + INCOME * f64::from(tokens) + 1.0;
+            assert!(lost <= most, "{tokens}: {lost}");
+        }
+        // Guesses that hold pay for larger ones.
+        let fed: Vec<usize> = (0..20).map(|_| pass(&mut budget, true).0).collect();
+        assert!(fed[19] > 1 && fed[19] >= fed[0], "{fed:?}");
     }
 
     #[test]

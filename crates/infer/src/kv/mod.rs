@@ -13,7 +13,7 @@ pub use gather::Gathered;
 
 use longspan_kernels::attention::{KvLayout, PAGE, Tile};
 use longspan_kernels::pool::{Pool, SharedMut};
-use longspan_kernels::slots::Run;
+use longspan_kernels::slots::{Run, prefetch};
 use plane::{AlignedBytes, Plane, TierFile};
 use std::io;
 use std::ops::Range;
@@ -232,6 +232,20 @@ impl KvStore {
                 .map(|r| (r.end.saturating_sub(r.start)) as usize / PAGE + 2)
                 .sum(),
         );
+        // Where the planes lie is a miss each: all are asked for at once.
+        let pages = &self.layers[layer].pages;
+        for range in ranges.iter().filter(|range| !range.is_empty()) {
+            let touched = self.place(range.start).0..self.place(range.end - 1).0 + 1;
+            for page in pages.get(touched).unwrap_or_default() {
+                let keys = match form {
+                    KeyForm::Rotated => &page.rotated,
+                    KeyForm::Raw => &page.raw,
+                };
+                for plane in keys.iter().chain(&page.value) {
+                    prefetch(Arc::as_ptr(plane));
+                }
+            }
+        }
         for range in ranges {
             let mut token = range.start;
             while token < range.end {
