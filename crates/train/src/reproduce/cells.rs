@@ -264,6 +264,9 @@ pub struct Check {
     /// The measure taken off, if it is another one.
     #[serde(default)]
     pub minus_measure: Option<String>,
+    /// It is taken off so many times; none = once.
+    #[serde(default)]
+    pub times: Option<f64>,
     /// Holds from here on.
     #[serde(default)]
     pub at_least: Option<f64>,
@@ -299,8 +302,9 @@ pub fn judge(checks: &[Check], measured: &Measured) -> (bool, String, String) {
         if check.minus.is_some() || check.minus_measure.is_some() {
             let setting = check.minus.as_ref().unwrap_or(&check.of);
             let measure = check.minus_measure.as_ref().unwrap_or(&check.measure);
-            value -= mean(measured, setting, measure);
-            name += &format!(" minus {setting}");
+            value -= check.times.unwrap_or(1.0) * mean(measured, setting, measure);
+            let times = check.times.map_or(String::new(), |t| format!("{t} times "));
+            name += &format!(" minus {times}{setting}");
             if check.minus_measure.is_some() {
                 name += &format!(", {measure}");
             }
@@ -393,6 +397,7 @@ mod tests {
             of: of.into(),
             minus: minus.map(String::from),
             minus_measure: None,
+            times: None,
             at_least: least,
             at_most: most,
         };
@@ -400,6 +405,11 @@ mod tests {
         assert!(holds(check("a", None, "x", Some(2.0), None)));
         assert!(!holds(check("a", None, "x", Some(2.1), None)));
         assert!(holds(check("a", Some("b"), "x", Some(0.4), Some(0.6))));
+        let twice = Check {
+            times: Some(2.0),
+            ..check("a", Some("b"), "x", Some(-1.1), Some(-0.9))
+        };
+        assert!(holds(twice));
         assert!(!holds(check("a", None, "y", Some(-1e9), None)));
         assert!(!holds(check("c", None, "x", None, Some(1e9))));
         let settings = ["a".to_string()];

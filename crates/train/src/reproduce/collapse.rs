@@ -1,21 +1,133 @@
 //! States that never learned to forget (paper 16, Stuffed Mamba): loss far beyond the training length, three repairs without
 //! training, longer training, and how much a state of each size can hold.
 
+use super::capacity::{ALL, Capacity, HELD, LINE, LOG_LINE, RANKS};
 use super::cells::{
-    Cell, Cells, Check, GoOn, Measured, Part, Setting, Watch, check_settings, grid, judge, mean,
-    rows, values,
+    Cell, Cells, Check, GoOn, Measured, Setting, Watch, check_settings, grid, judge, mean, rows,
 };
 use super::{Recipe, Report};
 use crate::batch::PackedBatch;
 use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
 use crate::source::Source;
-use crate::streams::{StreamSource, StreamTraining, accuracy, loss_by_position};
-use longspan_data::task::stream::{Recall, Rewrite, StreamTask};
+use crate::streams::{Lesson, StreamSource, StreamTraining, TextStreams, loss_by_position};
+use longspan_data::task::stream::{Rewrite, Streams};
 use longspan_nn::mixer::{Mamba2Config, MixerConfig, StatePolicy};
 use longspan_nn::model::{StackConfig, StackLm};
 use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// What is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "task", rename_all = "kebab-case")]
+pub enum CollapseTask {
+    /// Values that are written again and again.
+    Rewrite(Rewrite),
+    /// Stretches of a text, byte by byte.
+    Text(Text),
+}
+
+/// A text: its first nine tenths are learned, the next twentieth chooses repairs, the last is the test.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Text {
+    /// The file, relative to the recipe's folder, or to the current one for recipes of the program.
+    pub file: PathBuf,
+}
+
+impl Text {
+    /// `longest`: tokens of the longest stretch read.
+    fn open(&self, longest: usize) -> Result<Opened> {
+        let bytes = std::fs::read(&self.file).map_err(|error| {
+            TrainError::option(
+                "task.file",
+                format!("{}: {error}", self.file.display()),
+                format!("a plain text of {} bytes or more", 20 * longest),
+            )
+        })?;
+        if bytes.len() < 20 * longest {
+            return Err(TrainError::contents(
+                &self.file,
+                format!(
+                    "found {} bytes, expected {} or more: a twentieth of them is the test, which reads {longest} at once",
+                    bytes.len(),
+                    20 * longest
+                ),
+            ));
+        }
+        let (learned, rest) = bytes.split_at(bytes.len() / 10 * 9);
+        let (choose, test) = rest.split_at(rest.len() / 2);
+        let part = |bytes: &[u8]| TextStreams::new(bytes, longest);
+        let test = part(test)?;
+        Ok(Opened {
+            key: serde_json::json!({"bytes": bytes.len(), "hash": hash(&bytes)}),
+            what: format!(
+                "bytes of a text of {:.1} MB, a twentieth of it for the test",
+                bytes.len() as f64 / 1e6
+            ),
+            measure: "loss of all bytes",
+            baseline: format!(
+                "{:.2} nats, knowing only how often each byte comes",
+                test.entropy()
+            ),
+            learn: Box::new(part(learned)?),
+            choose: Box::new(part(choose)?),
+            test: Box::new(test),
+        })
+    }
+}
+
+/// FNV-1a.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+/// A task, ready to be sampled, and what reports say of it.
+struct Opened {
+    /// What is learned.
+    learn: Box<dyn Streams>,
+    /// What repairs are chosen by.
+    choose: Box<dyn Streams>,
+    /// What is measured.
+    test: Box<dyn Streams>,
+    /// Tells the task from others.
+    key: serde_json::Value,
+    what: String,
+    measure: &'static str,
+    baseline: String,
+}
+
+impl CollapseTask {
+    /// `longest`: tokens of the longest stretch read.
+    fn open(&self, longest: usize) -> Result<Opened> {
+        match self {
+            CollapseTask::Text(text) => text.open(longest),
+            CollapseTask::Rewrite(task) => {
+                let streams = || Box::new(task.clone());
+                Ok(Opened {
+                    learn: streams(),
+                    choose: streams(),
+                    test: streams(),
+                    key: serde_json::to_value(task).unwrap_or_default(),
+                    what: format!(
+                        "pairs of {} keys and {} values, a new value in {:.0} % of pairs{}",
+                        task.keys,
+                        task.values,
+                        100.0 * task.change,
+                        task.horizon.map_or(String::new(), |most| format!(
+                            ", asked where the key came within {most} tokens"
+                        ))
+                    ),
+                    measure: "loss of values that can be known",
+                    baseline: format!("ln {} = {:.2} nats", task.values, (task.values as f64).ln()),
+                })
+            }
+        }
+    }
+}
 
 /// One training on streams.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,28 +152,12 @@ impl Setting for CollapseSetting {
     }
 }
 
-/// How much a state of each size holds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Capacity {
-    /// Columns N of each head's state.
-    pub state_sizes: Vec<usize>,
-    /// Numbers of pairs to be remembered in the tests; training draws from 1 to the last.
-    pub pairs: Vec<usize>,
-    /// Different keys and values.
-    pub symbols: usize,
-    /// Optimiser steps.
-    pub steps: u64,
-    /// Examples of a step.
-    pub examples: usize,
-}
-
 /// Settings of the experiment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CollapseRecipe {
-    /// Values that are written again and again.
-    pub task: Rewrite,
+    /// What is read.
+    pub task: CollapseTask,
     /// Tests read so many times the shortest training length.
     pub factor: usize,
     /// Test streams.
@@ -80,24 +176,20 @@ pub struct CollapseRecipe {
     pub settings: Vec<CollapseSetting>,
     /// What is held by state size; none = not measured.
     #[serde(default)]
-    pub capacity: Option<Capacity>,
+    pub capacity: Option<Box<Capacity>>,
     /// What has to hold.
     pub checks: Vec<Check>,
 }
 
 const TRAINED: &str = "loss at the training length";
 const RISE: &str = "rise at the longest";
-const HELD: &str = "pairs held";
-const FIT: &str = "R² of pairs held by state size";
 const REPAIRS: [&str; 3] = ["forget more", "norm clip", "window"];
-const ALL: &str = "all state sizes";
 
 impl CollapseRecipe {
     fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.settings.iter().map(|s| s.name.clone()).collect();
         if let Some(capacity) = &self.capacity {
-            names.extend(capacity.state_sizes.iter().map(|n| held_by(*n)));
-            names.push(ALL.into());
+            names.extend(capacity.names());
         }
         names
     }
@@ -110,8 +202,19 @@ impl CollapseRecipe {
         }
     }
 
+    pub(super) fn set_folder(&mut self, folder: &Path) {
+        if let CollapseTask::Text(text) = &mut self.task {
+            text.file = folder.join(&text.file);
+        }
+    }
+
     fn shortest(&self) -> usize {
         self.settings.iter().map(|s| s.length).min().unwrap_or(1)
+    }
+
+    /// Tokens of a test stream.
+    fn longest(&self) -> usize {
+        self.shortest() * self.factor
     }
 
     /// Refuses what cannot run.
@@ -119,7 +222,7 @@ impl CollapseRecipe {
         let lengths_fit = self
             .settings
             .iter()
-            .all(|s| s.length > 0 && s.length <= self.shortest() * self.factor && s.examples > 0);
+            .all(|s| s.length > 0 && s.length <= self.longest() && s.examples > 0);
         if self.settings.is_empty() || self.factor < 2 || !lengths_fit || self.test_examples == 0 {
             return Err(TrainError::option(
                 "settings, factor, test_examples",
@@ -132,14 +235,8 @@ impl CollapseRecipe {
                 "a setting, a factor of 2 or more that no training length exceeds, and a test stream",
             ));
         }
-        if let Some(capacity) = &self.capacity
-            && (capacity.state_sizes.len() < 2 || capacity.pairs.is_empty())
-        {
-            return Err(TrainError::option(
-                "capacity",
-                format!("{:?}, {:?}", capacity.state_sizes, capacity.pairs),
-                "two state sizes or more, and a number of pairs",
-            ));
+        if let Some(capacity) = &self.capacity {
+            capacity.check()?;
         }
         check_settings(&self.checks, &self.names())
     }
@@ -169,82 +266,51 @@ impl CollapseRecipe {
         watch: Watch<'_>,
     ) -> Result<Option<Report>> {
         self.check()?;
-        let shared = serde_json::to_value(CollapseRecipe {
-            settings: Vec::new(),
-            checks: Vec::new(),
-            capacity: None,
-            ..self.clone()
-        });
-        let shared = shared.unwrap_or_default();
+        let task = &self.task.open(self.longest())?;
+        let shared = serde_json::json!([
+            task.key,
+            (self.factor, self.test_examples, self.steps, self.lr),
+            (self.d_model, self.layers, &self.mixer),
+        ]);
         let mut parts = grid(
             shared,
             &self.settings,
             recipe.seeds,
-            |setting, seed, go_on| self.one(setting, seed, go_on),
+            |setting, seed, go_on| self.one(task, setting, seed, go_on),
         );
-        for seed in 0..recipe.seeds {
-            if let Some(capacity) = &self.capacity {
-                for &n in &capacity.state_sizes {
-                    let model = (self.d_model, self.layers, &self.mixer, self.lr);
-                    let task = (&capacity.pairs, capacity.symbols, capacity.steps);
-                    parts.push(Part {
-                        setting: held_by(n),
-                        seed,
-                        key: serde_json::json!([
-                            n,
-                            model,
-                            task,
-                            capacity.examples,
-                            self.test_examples
-                        ]),
-                        make: Box::new(move |go_on| self.held(n, seed, go_on)),
-                    });
-                }
-            }
+        if let Some(capacity) = &self.capacity {
+            parts.extend((0..recipe.seeds).flat_map(|seed| capacity.parts(seed)));
         }
         let Some(mut measured) = cells.make(&parts, watch)? else {
             return Ok(None);
         };
         if let Some(capacity) = &self.capacity {
-            let points: Vec<(f64, f64)> = capacity
-                .state_sizes
-                .iter()
-                .map(|&n| (n as f64, median(values(&measured, &held_by(n), HELD))))
-                .collect();
-            let cell = Cell {
-                values: [(FIT.to_string(), r_squared(&points))].into(),
-                ..Cell::default()
-            };
-            measured.insert(ALL.into(), vec![cell]);
+            measured.insert(ALL.into(), vec![capacity.all(&measured)]);
         }
         let (holds, required, verdict) = judge(&self.checks, &measured);
         let names = self.names();
         let mut measures = vec![TRAINED.to_string(), RISE.to_string()];
         measures.extend(REPAIRS.iter().map(|repair| repaired_rise(repair)));
-        measures.extend([HELD.to_string(), FIT.to_string()]);
+        measures.extend([HELD, LINE, LOG_LINE, RANKS].map(String::from));
         Ok(Some(Report {
             paper: recipe.paper.clone(),
             claim: recipe.claim.clone(),
             setting: format!(
-                "pairs of {} keys and {} values, a new value in {:.0} % of pairs{}; Mamba-2, {} layers of width {}, tested to \
-                 {} tokens; {} steps, AdamW {}, {} seeds, f32 on the CPU",
-                self.task.keys,
-                self.task.values,
-                100.0 * self.task.change,
-                self.task.horizon.map_or(String::new(), |most| format!(
-                    ", asked where the key came within {most} tokens"
-                )),
+                "{}; Mamba-2, {} layers of width {}, tested to {} tokens; {} steps, AdamW {}, {} seeds, f32 on the CPU",
+                task.what,
                 self.layers,
                 self.d_model,
-                self.shortest() * self.factor,
+                self.longest(),
                 self.steps,
                 self.lr,
                 recipe.seeds
             ),
-            measure: "loss of values that can be known, nats, in the last stretch before the training length; its rise in the \
-                      last stretch of the test; pairs of keys and values held, corrected for guessing"
-                .into(),
-            baseline: format!("ln {} = {:.2} nats", self.task.values, (self.task.values as f64).ln()),
+            measure: format!(
+                "{}, nats, in the last stretch before the training length; its rise in the last stretch of the test; pairs of \
+                 keys and values held, corrected for guessing",
+                task.measure
+            ),
+            baseline: task.baseline.clone(),
             required,
             holds,
             verdict,
@@ -285,19 +351,25 @@ impl CollapseRecipe {
     }
 
     /// Test streams as batches of few, for the memory of long ones.
-    fn streams(&self, seed: u64, purpose: &str) -> Result<Vec<PackedBatch>> {
-        let length = self.shortest() * self.factor;
-        let task = StreamTask::Rewrite(self.task.clone());
+    fn streams(&self, task: &dyn Streams, seed: u64, purpose: &str) -> Result<Vec<PackedBatch>> {
         let count = self.test_examples.div_ceil(4);
-        StreamSource::new(task, length, 4, seed, purpose)?.next(count)
+        StreamSource::new(task, self.longest(), 4, seed, purpose)?.next(count)
     }
 
-    fn one(&self, setting: &CollapseSetting, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
+    fn one(
+        &self,
+        task: &Opened,
+        setting: &CollapseSetting,
+        seed: u64,
+        go_on: GoOn<'_>,
+    ) -> Result<Option<Cell>> {
         let training = StreamTraining {
-            task: StreamTask::Rewrite(self.task.clone()),
-            length: setting.length,
-            steps: self.steps,
-            examples: setting.examples,
+            lessons: vec![Lesson {
+                task: &*task.learn,
+                length: setting.length,
+                examples: setting.examples,
+                steps: self.steps,
+            }],
             lr: self.lr,
             device: candle_core::Device::Cpu,
         };
@@ -311,7 +383,7 @@ impl CollapseRecipe {
             ..Cell::default()
         };
         let bucket = self.shortest();
-        let test = self.streams(seed, "streams to test")?;
+        let test = self.streams(&*task.test, seed, "streams to test")?;
         let losses = loss_by_position(&model, &test, bucket)?;
         let trained = losses[(setting.length / bucket).max(1) - 1];
         cell.values.insert(TRAINED.into(), trained);
@@ -328,11 +400,11 @@ impl CollapseRecipe {
             return Ok(Some(cell));
         }
         // Constants are chosen on other streams than those of the test.
-        let choose_by = self.streams(seed, "streams to choose by")?;
+        let choose_by = self.streams(&*task.choose, seed, "streams to choose by")?;
         let choose_by = &choose_by[..choose_by.len().min(2)];
         let build = |policy: StatePolicy| -> Result<Arc<StackLm>> {
             let stack = self.stack(setting.state_size, policy);
-            let vocab = training.task.get().vocab_size();
+            let vocab = task.learn.vocab_size();
             Ok(Arc::new(StackLm::new(&stack, vocab, &params.root())?))
         };
         let norm = largest_norm(&model, choose_by, setting.length)?;
@@ -364,51 +436,6 @@ impl CollapseRecipe {
         cell.values.extend(rises);
         Ok(Some(cell))
     }
-
-    /// Pairs that a state of this size holds.
-    fn held(&self, state_size: usize, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
-        let Some(capacity) = &self.capacity else {
-            return Ok(Some(Cell::default()));
-        };
-        let most = capacity.pairs.iter().copied().max().unwrap_or(1);
-        let recall = |pairs: usize, varied: bool| {
-            StreamTask::Recall(Recall {
-                pairs,
-                keys: capacity.symbols,
-                values: capacity.symbols,
-                varied,
-            })
-        };
-        let training = StreamTraining {
-            task: recall(most, false),
-            length: 4 * most,
-            steps: capacity.steps,
-            examples: capacity.examples,
-            lr: self.lr,
-            device: candle_core::Device::Cpu,
-        };
-        let stack = self.stack(state_size, StatePolicy::None);
-        let Some((model, params)) = training.run(&stack, seed, go_on)? else {
-            return Ok(None);
-        };
-        let mut cell = Cell {
-            parameters: params.count(),
-            ..Cell::default()
-        };
-        let guess = 1.0 / capacity.symbols.max(2) as f64;
-        let mut held = 0f64;
-        for &pairs in &capacity.pairs {
-            let task = recall(pairs, false);
-            let count = self.test_examples.div_ceil(4);
-            let length = 4 * pairs;
-            let mut source = StreamSource::new(task, length, 8, seed, "pairs to test")?;
-            let share = accuracy(&model, &source.next(count)?)?;
-            cell.values.insert(format!("right of {pairs} pairs"), share);
-            held = held.max(pairs as f64 * ((share - guess) / (1.0 - guess)).max(0.0));
-        }
-        cell.values.insert(HELD.into(), held);
-        Ok(Some(cell))
-    }
 }
 
 fn at(prefix: &str, bucket: usize) -> String {
@@ -417,10 +444,6 @@ fn at(prefix: &str, bucket: usize) -> String {
     } else {
         format!("loss in stretch {bucket}, {prefix}")
     }
-}
-
-fn held_by(state_size: usize) -> String {
-    format!("held by N = {state_size}")
 }
 
 fn repaired_rise(repair: &str) -> String {
@@ -445,39 +468,4 @@ fn largest_norm(model: &StackLm, batches: &[PackedBatch], length: usize) -> Resu
         }
     }
     Ok(largest.max(f64::MIN_POSITIVE))
-}
-
-fn median(mut list: Vec<f64>) -> f64 {
-    list.sort_by(f64::total_cmp);
-    match list.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => list[n / 2],
-        n => (list[n / 2 - 1] + list[n / 2]) / 2.0,
-    }
-}
-
-/// Of the best line through the points.
-fn r_squared(points: &[(f64, f64)]) -> f64 {
-    let n = points.len() as f64;
-    let mean = |pick: fn(&(f64, f64)) -> f64| points.iter().map(pick).sum::<f64>() / n;
-    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
-    let sum = |f: &dyn Fn(f64, f64) -> f64| points.iter().map(|p| f(p.0 - x, p.1 - y)).sum::<f64>();
-    let (xx, yy, xy) = (sum(&|a, _| a * a), sum(&|_, b| b * b), sum(&|a, b| a * b));
-    if xx * yy > 0.0 {
-        xy * xy / (xx * yy)
-    } else {
-        f64::NAN
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn lines_are_fitted_and_medians_taken() {
-        let line = [(1.0, 3.0), (2.0, 5.0), (4.0, 9.0)];
-        assert!((super::r_squared(&line) - 1.0).abs() < 1e-12);
-        assert!(super::r_squared(&[(1.0, 1.0), (2.0, 0.0), (3.0, 1.0)]) < 1e-12);
-        assert_eq!(super::median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert!(super::median(Vec::new()).is_nan());
-    }
 }

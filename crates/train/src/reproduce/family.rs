@@ -9,7 +9,7 @@ use super::{Recipe, Report};
 use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
 use crate::source::Source;
-use crate::streams::{StreamSource, StreamTraining, accuracy};
+use crate::streams::{Lesson, StreamSource, StreamTraining, accuracy};
 use longspan_data::task::stream::StreamTask;
 use longspan_nn::mixer::{LongVq, MixerConfig};
 use longspan_nn::model::{LanguageModel, StackLm};
@@ -197,7 +197,7 @@ impl FamilyRecipe {
     ) -> Result<Option<Cell>> {
         let batches = |purpose: &str| {
             let count = self.test_examples.div_ceil(8);
-            StreamSource::new(task.task.clone(), task.length, 8, seed, purpose)?.next(count)
+            StreamSource::new(task.task.get(), task.length, 8, seed, purpose)?.next(count)
         };
         let (validation, test) = (
             batches("streams to choose by")?,
@@ -206,10 +206,12 @@ impl FamilyRecipe {
         let mut best: Option<(f64, Cell)> = None;
         for (k, &lr) in self.lrs.iter().enumerate() {
             let training = StreamTraining {
-                task: task.task.clone(),
-                length: task.length,
-                steps: task.steps,
-                examples: task.examples,
+                lessons: vec![Lesson {
+                    task: task.task.get(),
+                    length: task.length,
+                    examples: task.examples,
+                    steps: task.steps,
+                }],
                 lr,
                 device: device.clone(),
             };

@@ -2,6 +2,7 @@
 //!
 //! The verdict is computed from the measured values by the recipe's rule. A claim that does not hold is reported so.
 
+mod capacity;
 mod cells;
 mod collapse;
 mod family;
@@ -12,8 +13,9 @@ mod pointing;
 mod signals;
 mod waves;
 
+pub use capacity::Capacity;
 pub use cells::{Cell, Cells, Check, Watch};
-pub use collapse::CollapseRecipe;
+pub use collapse::{CollapseRecipe, CollapseSetting, CollapseTask, Text};
 pub use family::FamilyRecipe;
 pub use hinting::{HintRecipe, HintSetting};
 pub use length::LengthRecipe;
@@ -109,6 +111,13 @@ impl Experiment {
         }
     }
 
+    /// Files are named relative to this folder.
+    fn set_folder(&mut self, folder: &Path) {
+        if let Experiment::Collapse(collapse) = self {
+            collapse.set_folder(folder);
+        }
+    }
+
     /// Refuses what cannot run.
     pub fn check(&self) -> Result<()> {
         match self {
@@ -169,7 +178,7 @@ pub struct Report {
     pub figure: String,
 }
 
-/// The recipe of this name, or of a TOML file.
+/// The recipe of this name, or of a TOML file; files that it names lie in the current folder, or beside the TOML file.
 pub fn recipe(name: &str) -> Result<Recipe> {
     let (path, text) = match RECIPES.iter().find(|(known, _)| *known == name) {
         Some((_, text)) => (format!("recipes/{name}.toml"), text.to_string()),
@@ -186,7 +195,15 @@ pub fn recipe(name: &str) -> Result<Recipe> {
             return Err(TrainError::option("recipe", name, expected));
         }
     };
-    toml::from_str(&text).map_err(|error| TrainError::contents(Path::new(&path), error))
+    let path = Path::new(&path);
+    let mut recipe: Recipe =
+        toml::from_str(&text).map_err(|error| TrainError::contents(path, error))?;
+    if name.ends_with(".toml") {
+        recipe
+            .experiment
+            .set_folder(path.parent().unwrap_or(Path::new("")));
+    }
+    Ok(recipe)
 }
 
 /// Runs a recipe. `watch` hears what is being done, with the share of the work done, and answers whether to go on.
