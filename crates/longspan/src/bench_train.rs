@@ -68,17 +68,7 @@ pub fn mamba2(params: &ParamStore) -> Result<Arc<dyn LanguageModel>> {
         chunk_size: 64,
         ..Mamba2Config::default()
     };
-    let config = StackConfig {
-        d_model: WIDTH,
-        layers: 15,
-        mixer: MixerConfig::Mamba2(mixer),
-        mlp_ratio: 0.0,
-        norm_epsilon: 1e-5,
-        norm: true,
-        residual: true,
-        tie_embeddings: true,
-        sinusoid: false,
-    };
+    let config = StackConfig::of_mixers(WIDTH, 15, MixerConfig::Mamba2(mixer));
     Ok(Arc::new(StackLm::new(&config, VOCAB, &params.root())?))
 }
 

@@ -52,7 +52,10 @@ pub fn heat_map(
     cell: &dyn Fn(usize, usize) -> Option<(f64, usize)>,
 ) -> String {
     let (w, h, left, top) = (62, 26, 76, 22);
-    let (width, height) = (left + w * columns.len() + 8, top + h * rows.len() + 40);
+    let caption = format!("across: {}; down: {}", title.0, title.1);
+    // Seven units a letter of size 12 are enough.
+    let width = (left + w * columns.len() + 8).max(left + 7 * caption.chars().count());
+    let height = top + h * rows.len() + 40;
     let mut out = format!(
         "<svg role=\"img\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" font-size=\"12\">"
     );
@@ -100,10 +103,9 @@ pub fn heat_map(
     }
     let _ = write!(
         out,
-        "<text x=\"{left}\" y=\"{}\" fill=\"#555\">across: {}; down: {}</text></svg>",
+        "<text x=\"{left}\" y=\"{}\" fill=\"#555\">{}</text></svg>",
         height - 12,
-        escape(title.0),
-        escape(title.1)
+        escape(&caption)
     );
     out
 }

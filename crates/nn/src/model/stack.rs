@@ -41,6 +41,23 @@ pub struct StackConfig {
     pub sinusoid: bool,
 }
 
+impl StackConfig {
+    /// Blocks of a mixer alone, each with its norm and residual connection, and tied embeddings.
+    pub fn of_mixers(d_model: usize, layers: usize, mixer: MixerConfig) -> Self {
+        StackConfig {
+            d_model,
+            layers,
+            mixer,
+            mlp_ratio: 0.0,
+            norm_epsilon: epsilon(),
+            norm: true,
+            residual: true,
+            tie_embeddings: true,
+            sinusoid: false,
+        }
+    }
+}
+
 fn epsilon() -> f64 {
     1e-5
 }

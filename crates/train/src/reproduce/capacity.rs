@@ -125,20 +125,11 @@ impl Capacity {
             lr: self.lr,
             device: candle_core::Device::Cpu,
         };
-        let stack = StackConfig {
-            d_model: self.d_model,
-            layers: self.layers,
-            mixer: MixerConfig::Mamba2(Mamba2Config {
-                state_size,
-                ..self.mixer.clone()
-            }),
-            mlp_ratio: 0.0,
-            norm_epsilon: 1e-5,
-            norm: true,
-            residual: true,
-            tie_embeddings: true,
-            sinusoid: false,
-        };
+        let mixer = MixerConfig::Mamba2(Mamba2Config {
+            state_size,
+            ..self.mixer.clone()
+        });
+        let stack = StackConfig::of_mixers(self.d_model, self.layers, mixer);
         let Some((model, params)) = training.run(&stack, seed, go_on)? else {
             return Ok(None);
         };

@@ -242,21 +242,12 @@ impl CollapseRecipe {
     }
 
     fn stack(&self, state_size: usize, policy: StatePolicy) -> StackConfig {
-        StackConfig {
-            d_model: self.d_model,
-            layers: self.layers,
-            mixer: MixerConfig::Mamba2(Mamba2Config {
-                state_size,
-                state_policy: policy,
-                ..self.mixer.clone()
-            }),
-            mlp_ratio: 0.0,
-            norm_epsilon: 1e-5,
-            norm: true,
-            residual: true,
-            tie_embeddings: true,
-            sinusoid: false,
-        }
+        let mixer = MixerConfig::Mamba2(Mamba2Config {
+            state_size,
+            state_policy: policy,
+            ..self.mixer.clone()
+        });
+        StackConfig::of_mixers(self.d_model, self.layers, mixer)
     }
 
     pub(super) fn run(
