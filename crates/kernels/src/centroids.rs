@@ -498,17 +498,15 @@ mod tests {
             let want = cluster_scores_naive(&queries, &centroids, dim, &counts, scale);
             let panels = Panels::new(&centroids, dim);
             prop_assert_eq!(panels.len(), clusters);
-            if dim % 2 == 0 {
-                // f16 has 11 bits.
-                let (mut exact, mut rounded) = (Vec::new(), Vec::new());
-                let half = Panels::half(&centroids, dim);
-                let stride = panels.products(&queries, &mut exact);
-                prop_assert!(half.bytes() * 2 == panels.bytes());
-                for level in Level::available() {
-                    prop_assert_eq!(half.products_at(level, &queries, &mut rounded), stride);
-                    for (a, b) in exact.iter().zip(&rounded) {
-                        prop_assert!((a - b).abs() <= 1e-3 * dim as f32, "{level:?}: {b}, expected {a}");
-                    }
+            // f16 has 11 bits.
+            let (mut exact, mut rounded) = (Vec::new(), Vec::new());
+            let half = Panels::half(&centroids, dim);
+            let stride = panels.products(&queries, &mut exact);
+            prop_assert!(half.bytes() * 2 == panels.bytes());
+            for level in Level::available() {
+                prop_assert_eq!(half.products_at(level, &queries, &mut rounded), stride);
+                for (a, b) in exact.iter().zip(&rounded) {
+                    prop_assert!((a - b).abs() <= 1e-3 * dim as f32, "{level:?}: {b}, expected {a}");
                 }
             }
             for level in Level::available() {

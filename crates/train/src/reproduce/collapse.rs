@@ -61,7 +61,7 @@ impl Text {
         let part = |bytes: &[u8]| TextStreams::new(bytes, longest);
         let test = part(test)?;
         Ok(Opened {
-            key: serde_json::json!({"bytes": bytes.len(), "hash": hash(&bytes)}),
+            key: serde_json::json!({"bytes": bytes.len(), "blake3": blake3::hash(&bytes).to_hex().as_str()}),
             what: format!(
                 "bytes of a text of {:.1} MB, a twentieth of it for the test",
                 bytes.len() as f64 / 1e6
@@ -76,13 +76,6 @@ impl Text {
             test: Box::new(test),
         })
     }
-}
-
-/// FNV-1a.
-fn hash(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
 }
 
 /// A task, ready to be sampled, and what reports say of it.
