@@ -16,6 +16,8 @@ mod bench_train;
 mod bench_workflow;
 mod chat_model;
 mod cli;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod data;
 mod eval;
 mod judge;

@@ -238,7 +238,7 @@ pub fn device(common: &Common) -> Result<Device> {
     match common.device.unwrap_or(DeviceKind::Cpu) {
         DeviceKind::Cpu => Ok(Device::Cpu),
         #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => Device::new_cuda(0).context("--device cuda"),
+        DeviceKind::Cuda => crate::cuda::open(),
         #[cfg(not(feature = "cuda"))]
         DeviceKind::Cuda => anyhow::bail!(
             "--device cuda: this build has no CUDA; build with scripts/cuda-toolkit.sh and `cargo build --release --features cuda`"

@@ -262,6 +262,26 @@ impl<'a> StreamTraining<'a> {
         }
         Ok(Some((model, params)))
     }
+
+    /// As [`run`](Self::run), with the trained model on the CPU, which has every way to read it: state policies step token
+    /// by token.
+    pub fn run_to_cpu(
+        &self,
+        stack: &StackConfig,
+        seed: u64,
+        go_on: &mut dyn FnMut(f64) -> bool,
+    ) -> Result<Option<(Arc<StackLm>, Arc<ParamStore>)>> {
+        let trained = self.run(stack, seed, go_on)?;
+        if self.device.is_cpu() {
+            return Ok(trained);
+        }
+        let Some((_, params)) = trained else {
+            return Ok(None);
+        };
+        let params = ParamStore::from_tensors(params.tensors(), DType::F32, &Device::Cpu);
+        let model = StackLm::new(stack, self.vocab_size()?, &params.root())?;
+        Ok(Some((Arc::new(model), Arc::new(params))))
+    }
 }
 
 /// Share of the marked targets that are the likeliest token.

@@ -4,6 +4,7 @@ use super::cells::{Cell, GoOn, Measured, Part, values};
 use crate::error::{Result, TrainError};
 use crate::source::Source;
 use crate::streams::{Lesson, StreamSource, StreamTraining, accuracy};
+use candle_core::Device;
 use longspan_data::task::stream::Recall;
 use longspan_nn::mixer::{Mamba2Config, MixerConfig};
 use longspan_nn::model::StackConfig;
@@ -87,7 +88,11 @@ impl Capacity {
     }
 
     /// Every size with this seed.
-    pub(super) fn parts(&self, seed: u64) -> impl Iterator<Item = Part<'_>> {
+    pub(super) fn parts<'a>(
+        &'a self,
+        seed: u64,
+        device: &'a Device,
+    ) -> impl Iterator<Item = Part<'a>> {
         let shared = Capacity {
             state_sizes: Vec::new(),
             ..self.clone()
@@ -97,12 +102,18 @@ impl Capacity {
             setting: held_by(n),
             seed,
             key: serde_json::json!([n, shared]),
-            make: Box::new(move |go_on| self.held(n, seed, go_on)),
+            make: Box::new(move |go_on| self.held(n, seed, device, go_on)),
         })
     }
 
     /// Pairs that a state of this size holds.
-    fn held(&self, state_size: usize, seed: u64, go_on: GoOn<'_>) -> Result<Option<Cell>> {
+    fn held(
+        &self,
+        state_size: usize,
+        seed: u64,
+        device: &Device,
+        go_on: GoOn<'_>,
+    ) -> Result<Option<Cell>> {
         let recall = |pairs: usize, varied: bool| Recall {
             pairs,
             keys: self.symbols,
@@ -123,14 +134,14 @@ impl Capacity {
         let training = StreamTraining {
             lessons: lessons.collect(),
             lr: self.lr,
-            device: candle_core::Device::Cpu,
+            device: device.clone(),
         };
         let mixer = MixerConfig::Mamba2(Mamba2Config {
             state_size,
             ..self.mixer.clone()
         });
         let stack = StackConfig::of_mixers(self.d_model, self.layers, mixer);
-        let Some((model, params)) = training.run(&stack, seed, go_on)? else {
+        let Some((model, params)) = training.run_to_cpu(&stack, seed, go_on)? else {
             return Ok(None);
         };
         let mut cell = Cell {

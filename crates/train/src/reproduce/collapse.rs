@@ -11,6 +11,7 @@ use crate::error::{Result, TrainError};
 use crate::figure::{Curve, curves};
 use crate::source::Source;
 use crate::streams::{Lesson, StreamSource, StreamTraining, TextStreams, loss_by_position};
+use candle_core::Device;
 use longspan_data::task::stream::{Rewrite, Streams};
 use longspan_nn::mixer::{Mamba2Config, MixerConfig, StatePolicy};
 use longspan_nn::model::{StackConfig, StackLm};
@@ -251,6 +252,7 @@ impl CollapseRecipe {
     ) -> Result<Option<Report>> {
         self.check()?;
         let task = &self.task.open(self.longest())?;
+        let device = &cells.place();
         let shared = serde_json::json!([
             task.key,
             (self.factor, self.test_examples, self.steps, self.lr),
@@ -260,10 +262,10 @@ impl CollapseRecipe {
             shared,
             &self.settings,
             recipe.seeds,
-            |setting, seed, go_on| self.one(task, setting, seed, go_on),
+            |setting, seed, go_on| self.one(task, setting, seed, device, go_on),
         );
         if let Some(capacity) = &self.capacity {
-            parts.extend((0..recipe.seeds).flat_map(|seed| capacity.parts(seed)));
+            parts.extend((0..recipe.seeds).flat_map(|seed| capacity.parts(seed, device)));
         }
         let Some(mut measured) = cells.make(&parts, watch)? else {
             return Ok(None);
@@ -280,7 +282,7 @@ impl CollapseRecipe {
             paper: recipe.paper.clone(),
             claim: recipe.claim.clone(),
             setting: format!(
-                "{}; Mamba-2, {} layers of width {}, tested to {} tokens; {} steps, AdamW {}, {} seeds, f32 on the CPU",
+                "{}; Mamba-2, {} layers of width {}, tested to {} tokens; {} steps, AdamW {}, {} seeds, f32",
                 task.what,
                 self.layers,
                 self.d_model,
@@ -345,6 +347,7 @@ impl CollapseRecipe {
         task: &Opened,
         setting: &CollapseSetting,
         seed: u64,
+        device: &Device,
         go_on: GoOn<'_>,
     ) -> Result<Option<Cell>> {
         let training = StreamTraining {
@@ -355,11 +358,11 @@ impl CollapseRecipe {
                 steps: self.steps,
             }],
             lr: self.lr,
-            device: candle_core::Device::Cpu,
+            device: device.clone(),
         };
         let stack = self.stack(setting.state_size, StatePolicy::None);
         let mut part = |share: f64| go_on(if setting.repaired { 0.7 * share } else { share });
-        let Some((model, params)) = training.run(&stack, seed, &mut part)? else {
+        let Some((model, params)) = training.run_to_cpu(&stack, seed, &mut part)? else {
             return Ok(None);
         };
         let mut cell = Cell {

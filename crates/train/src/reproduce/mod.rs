@@ -218,13 +218,16 @@ pub fn run_kept(recipe: &Recipe, cells: &mut Cells, watch: Watch<'_>) -> Result<
     }
     let gpu = matches!(
         recipe.experiment,
-        Experiment::Signals(_) | Experiment::Length(_) | Experiment::Family(_)
+        Experiment::Signals(_)
+            | Experiment::Length(_)
+            | Experiment::Family(_)
+            | Experiment::Collapse(_)
     );
     if !cells.place().is_cpu() && !gpu {
         return Err(TrainError::option(
             "device",
             format!("a GPU for the recipe {}", recipe.paper),
-            "cpu: only recipes of the kinds signals, length and family run on a GPU",
+            "cpu: only recipes of the kinds signals, length, family and collapse run on a GPU",
         ));
     }
     match &recipe.experiment {

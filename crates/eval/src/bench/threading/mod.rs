@@ -6,7 +6,7 @@ mod generate;
 mod reply;
 
 pub use generate::{Direction, Haystack, PAIR_CHARS, depth_index, positions};
-pub use reply::{list_score, literal, single};
+pub use reply::{ends_on, list_score, literal, single};
 
 use super::attr;
 use crate::error::{EvalError, Result};
@@ -507,12 +507,16 @@ impl Task for Threading {
             scored
         } else {
             let reply = single(&row.text);
-            let right = row
-                .references
-                .first()
-                .is_some_and(|answer| *answer == reply);
+            let answer = row.references.first();
+            let right = answer.is_some_and(|answer| *answer == reply);
+            // Small models answer in a sentence, which the published score calls wrong.
+            let last = answer.is_some_and(|answer| ends_on(&row.text, answer));
             let extracted = (!reply.is_empty()).then_some(reply);
-            Scored::new(row, f64::from(u8::from(right)), extracted)
+            let mut scored = Scored::new(row, f64::from(u8::from(right)), extracted);
+            scored
+                .more
+                .insert("last value".into(), f64::from(u8::from(last)));
+            scored
         }
     }
 }

@@ -55,6 +55,22 @@ pub fn single(reply: &str) -> String {
     value.chars().take(UUID).collect()
 }
 
+/// UUID-shaped words of a reply, in order, lower case.
+fn values(reply: &str) -> Vec<String> {
+    static SHAPE: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"(?i)[0-9a-f*&]{8}-[0-9a-f*&]{4}-[0-9a-f*&]{4}-[0-9a-f*&]{4}-[0-9a-f*&]{12}")
+            .expect("a constant pattern")
+    });
+    let found = SHAPE.find_iter(reply);
+    found.map(|m| m.as_str().to_lowercase()).collect()
+}
+
+/// Whether a reply that may be a whole sentence ends on this value: of all UUID-shaped words the last one counts, since a
+/// sentence repeats the key before it.
+pub fn ends_on(reply: &str, answer: &str) -> bool {
+    values(reply).last().is_some_and(|value| value == answer)
+}
+
 /// Score of a list reply.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ListScore {
@@ -70,16 +86,9 @@ pub struct ListScore {
 
 /// Scores a list: a list literal, else all UUID-shaped words. Each value of the reply counts once.
 pub fn list_score(reply: &str, answers: &[String]) -> ListScore {
-    static SHAPE: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r"(?i)[0-9a-f*&]{8}-[0-9a-f*&]{4}-[0-9a-f*&]{4}-[0-9a-f*&]{4}-[0-9a-f*&]{12}")
-            .expect("a constant pattern")
-    });
     let values: Vec<String> = literal(reply)
         .filter(|items| reply.trim_start().starts_with('[') && !items.is_empty())
-        .unwrap_or_else(|| {
-            let found = SHAPE.find_iter(reply);
-            found.map(|m| m.as_str().to_lowercase()).collect()
-        });
+        .unwrap_or_else(|| values(reply));
     let mut left = values.clone();
     let mut hits = 0;
     for answer in answers {
@@ -115,6 +124,8 @@ mod tests {
         }
         assert_ne!(single(&format!("The value is {A}")), A);
         assert_eq!(single("  "), "");
+        assert!(ends_on(&format!("The value of {B} is \"{A}\"."), A));
+        assert!(!ends_on(&format!("{A} or {B}"), A) && !ends_on("none", A));
     }
 
     #[test]
