@@ -4,9 +4,9 @@
 use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{Composed, band, composes, node, wide};
 use crate::cpu::Level;
-use crate::dense::{Left, Packed, add_product, add_product_part};
+use crate::dense::{Left, Packed, add_product, add_product_part, product};
 use crate::learn::composed::softmax_pull;
-use crate::learn::softmax_naive;
+use crate::learn::{levels, softmax_naive};
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
 
@@ -224,13 +224,54 @@ impl Causal {
         keys: &Packed<T>,
         out: &mut [T],
     ) {
-        out.fill(T::zero());
-        let query = self.rows(query);
-        add_product_part(self.level, query, rows, keys, (self.d, end), out, self.s);
+        let (query, part) = (self.rows(query), (self.d, end));
+        product(self.level, query, rows, keys, part, out, self.s, true);
         let scale = T::of(self.scale);
         for row in out.chunks_exact_mut(self.s.max(1)).take(rows) {
             row[..end].iter_mut().for_each(|x| *x *= scale);
         }
+    }
+}
+
+levels!(soften / soften_body / soften_wide / soften_middle (row: &mut [T], log_sum: &mut T));
+levels!(pull / pull_body / pull_wide / pull_middle (weights: &mut [T], slopes: &mut [T], log_sum: T, shift: T, scale: T));
+
+/// Partial results that are kept apart, so that they fit the widest registers; as many at every level.
+const LANES: usize = 16;
+
+#[inline(always)]
+fn folded<T: Real>(row: &[T], start: T, join: impl Fn(T, T) -> T) -> T {
+    let mut lanes = [start; LANES];
+    let mut chunks = row.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = join(*lane, x);
+        }
+    }
+    let rest = chunks.remainder().iter();
+    lanes.iter().chain(rest).fold(start, |a, &b| join(a, b))
+}
+
+/// Softmax of a row in place, and the logarithm of its sum.
+#[inline(always)]
+fn soften_body<T: Real>(row: &mut [T], log_sum: &mut T) {
+    let larger = |a: T, b: T| if b > a { b } else { a };
+    let top = folded(row, T::neg_infinity(), larger);
+    for x in row.iter_mut() {
+        *x = (*x - top).exp_fast();
+    }
+    let total = folded(row, T::zero(), |a, b| a + b);
+    *log_sum = top + total.ln();
+    let inverse = T::one() / total;
+    row.iter_mut().for_each(|x| *x *= inverse);
+}
+
+/// Scores to weights, and the gradients of weights to those of scores.
+#[inline(always)]
+fn pull_body<T: Real>(weights: &mut [T], slopes: &mut [T], log_sum: T, shift: T, scale: T) {
+    for (weight, slope) in weights.iter_mut().zip(slopes) {
+        *weight = (*weight - log_sum).exp_fast();
+        *slope = *weight * (*slope + shift) * scale;
     }
 }
 
@@ -261,17 +302,7 @@ impl Kernel for Causal {
                     row[..seen.start].fill(T::zero());
                     row[seen.end..end].fill(T::zero());
                     let seen = &mut row[seen];
-                    let top = seen
-                        .iter()
-                        .fold(T::neg_infinity(), |m, &x| if x > m { x } else { m });
-                    let mut total = T::zero();
-                    for x in seen.iter_mut() {
-                        *x = (*x - top).exp_fast();
-                        total += *x;
-                    }
-                    *sum = top + total.ln();
-                    let inverse = T::one() / total;
-                    seen.iter_mut().for_each(|x| *x *= inverse);
+                    soften(self.level, seen, sum);
                 }
                 // SAFETY: as above.
                 let out = unsafe { shared.slice((head * t + first) * d, rows * d) };
@@ -310,9 +341,8 @@ impl Kernel for Causal {
                     let (query, grad) =
                         (&inputs[0][at..at + rows * d], &gradient[at..at + rows * d]);
                     self.scores(query, rows, end, &turned, &mut weights);
-                    slopes.fill(T::zero());
-                    let left = self.rows(grad);
-                    add_product_part(self.level, left, rows, &values, (d, end), &mut slopes, s);
+                    let (left, part) = (self.rows(grad), (d, end));
+                    product(self.level, left, rows, &values, part, &mut slopes, s, true);
                     for r in 0..rows {
                         let out = &output[at + r * d..][..d];
                         let own = &grad[r * d..][..d];
@@ -329,11 +359,8 @@ impl Kernel for Causal {
                             row[..seen.start].fill(T::zero());
                             row[seen.end..end].fill(T::zero());
                         }
-                        let pairs = weights[seen.clone()].iter_mut().zip(&mut slopes[seen]);
-                        for (weight, slope) in pairs {
-                            *weight = (*weight - sum).exp_fast();
-                            *slope = *weight * (*slope - dot + log) * scale;
-                        }
+                        let (weights, slopes) = (&mut weights[seen.clone()], &mut slopes[seen]);
+                        pull(self.level, weights, slopes, sum, log - dot, scale);
                     }
                     let across = |data| Left {
                         data,

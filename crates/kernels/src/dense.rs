@@ -6,6 +6,8 @@
 
 use crate::autograd::Real;
 use crate::cpu::Level;
+use crate::elementwise::split_rows;
+use crate::pool::SharedMut;
 use std::any::TypeId;
 
 /// Columns of a panel.
@@ -21,18 +23,30 @@ pub struct Packed<T> {
 }
 
 impl<T: Real> Packed<T> {
-    /// Element (i, j) of B lies at `i * row + j * col` of `b`.
+    /// Element (i, j) of B lies at `i * row + j * col` of `b`. Large ones are packed by all threads.
     pub fn new(b: &[T], k: usize, n: usize, row: usize, col: usize) -> Self {
-        let mut panels = vec![T::zero(); n.div_ceil(PANEL) * k * PANEL];
-        for (panel, out) in panels.chunks_exact_mut((k * PANEL).max(1)).enumerate() {
-            let first = panel * PANEL;
-            let cols = PANEL.min(n - first);
-            for (i, out) in out.chunks_exact_mut(PANEL).enumerate() {
-                for (j, out) in out[..cols].iter_mut().enumerate() {
-                    *out = b[i * row + (first + j) * col];
+        let count = n.div_ceil(PANEL);
+        let mut panels = uninit(count * k * PANEL);
+        let shared = SharedMut::new(&mut panels);
+        split_rows(count, k * PANEL, |first, count| {
+            // SAFETY: pieces are disjoint panels.
+            let panels = unsafe { shared.slice(first * k * PANEL, count * k * PANEL) };
+            for (at, out) in panels.chunks_exact_mut((k * PANEL).max(1)).enumerate() {
+                let first = (first + at) * PANEL;
+                let cols = PANEL.min(n - first);
+                for (i, out) in out.chunks_exact_mut(PANEL).enumerate() {
+                    let (out, beyond) = out.split_at_mut(cols);
+                    if col == 1 {
+                        out.copy_from_slice(&b[i * row + first..][..cols]);
+                    } else {
+                        for (j, out) in out.iter_mut().enumerate() {
+                            *out = b[i * row + (first + j) * col];
+                        }
+                    }
+                    beyond.fill(T::zero());
                 }
             }
-        }
+        });
         Packed { panels, k, n }
     }
 
@@ -40,6 +54,17 @@ impl<T: Real> Packed<T> {
     pub fn cols(&self) -> usize {
         self.n
     }
+}
+
+/// Elements that are written before they are read.
+pub(crate) fn uninit<T: Real>(count: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(count);
+    // SAFETY: every pattern of bits is a float, and callers write all of them first.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        values.set_len(count);
+    }
+    values
 }
 
 /// A [m, k]: element (i, j) lies at `i * row + j * col`.
@@ -65,6 +90,22 @@ pub fn add_product<T: Real>(
     add_product_part(level, a, m, b, (b.k, b.n), c, stride);
 }
 
+/// C [m, n] = A B, whatever C held.
+pub fn set_product<T: Real>(
+    level: Level,
+    a: Left<'_, T>,
+    m: usize,
+    b: &Packed<T>,
+    c: &mut [T],
+    stride: usize,
+) {
+    if b.k == 0 {
+        let rows = c.chunks_mut(stride.max(1)).take(m);
+        rows.for_each(|row| row[..b.n].fill(T::zero()));
+    }
+    product(level, a, m, b, (b.k, b.n), c, stride, true);
+}
+
 /// As [`add_product`], with the first k rows and n columns of B alone.
 pub fn add_product_part<T: Real>(
     level: Level,
@@ -74,6 +115,20 @@ pub fn add_product_part<T: Real>(
     (k, n): (usize, usize),
     c: &mut [T],
     stride: usize,
+) {
+    product(level, a, m, b, (k, n), c, stride, false);
+}
+
+/// The first k rows and n columns of B alone; `fresh`: C is written instead of added to.
+pub(crate) fn product<T: Real>(
+    level: Level,
+    a: Left<'_, T>,
+    m: usize,
+    b: &Packed<T>,
+    (k, n): (usize, usize),
+    c: &mut [T],
+    stride: usize,
+    fresh: bool,
 ) {
     assert!(
         k <= b.k && n <= b.n,
@@ -104,6 +159,7 @@ pub fn add_product_part<T: Real>(
                     panel,
                     cols,
                     stride,
+                    fresh: fresh && first == 0,
                 };
                 done += block.run(level, &mut c[done * stride + col..]);
             }
@@ -138,9 +194,20 @@ struct Block<'a, T> {
     panel: &'a [T],
     cols: usize,
     stride: usize,
+    fresh: bool,
 }
 
 impl<T: Real> Block<'_, T> {
+    /// Sums of one row to C.
+    #[inline(always)]
+    fn put(&self, c: &mut [T], sums: &[T; PANEL]) {
+        if self.fresh {
+            c.copy_from_slice(&sums[..c.len()]);
+        } else {
+            c.iter_mut().zip(sums).for_each(|(c, &sum)| *c += sum);
+        }
+    }
+
     /// Adds to as many rows of C as fit in registers; returns how many.
     fn run(&self, level: Level, c: &mut [T]) -> usize {
         #[cfg(target_arch = "x86_64")]
@@ -160,9 +227,7 @@ impl<T: Real> Block<'_, T> {
                 *sum += a * b;
             }
         }
-        for (c, sum) in c[..self.cols].iter_mut().zip(sums) {
-            *c += sum;
-        }
+        self.put(&mut c[..self.cols], &sums);
         1
     }
 }
@@ -192,9 +257,7 @@ mod x86 {
                 }
             };
             for (r, sums) in sums[..rows].iter().enumerate() {
-                for (c, sum) in c[r * self.stride..][..self.cols].iter_mut().zip(sums) {
-                    *c += sum;
-                }
+                self.put(&mut c[r * self.stride..][..self.cols], sums);
             }
             rows
         }
@@ -278,6 +341,13 @@ mod tests {
                 let larger: Vec<f64> = (0..k + 2).flat_map(|i| (0..n + 40).map(move |j| (i, j)))
                     .map(|(i, j)| if i < k && j < n { b[i * n + j] } else { 7.0 }).collect();
                 let larger = Packed::new(&larger, k + 2, n + 40, n + 40, 1);
+                let mut set = c.clone();
+                set_product(level, left, m, &Packed::new(&b, k, n, n, 1), &mut set, n + 3);
+                let mut sums = vec![0.0; m * (n + 3)];
+                add_product(level, left, m, &Packed::new(&b, k, n, n, 1), &mut sums, n + 3);
+                for (row, wanted) in set.chunks_exact(n + 3).zip(sums.chunks_exact(n + 3)) {
+                    prop_assert_eq!(&row[..n], &wanted[..n]);
+                }
                 let mut part = c.clone();
                 add_product_part(level, left, m, &larger, (k, n), &mut part, n + 3);
                 prop_assert_eq!(&part, &found);

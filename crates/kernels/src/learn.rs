@@ -33,6 +33,7 @@ macro_rules! levels {
         }
     };
 }
+pub(crate) use levels;
 
 /// x / sqrt(mean(x²) + eps) weight over rows of the weight's width: x [.., width] to the same.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {

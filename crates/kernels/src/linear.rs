@@ -4,7 +4,7 @@
 use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{Composed, composes, node, sum_rows, wide};
 use crate::cpu::Level;
-use crate::dense::{Left, Packed, add_product};
+use crate::dense::{Left, Packed, add_product, set_product, uninit};
 use crate::elementwise::split_rows;
 use crate::pool::SharedMut;
 use candle_core::{Result, Tensor, bail};
@@ -95,8 +95,15 @@ struct Linear {
 }
 
 impl Linear {
-    /// C [rows, cols] += A B, rows of A shared among threads.
-    fn product<T: Real>(&self, a: Left<'_, T>, rows: usize, b: &Packed<T>, c: &mut [T]) {
+    /// C [rows, cols] = A B, plus what C holds if `added`; rows of A shared among threads.
+    fn product<T: Real>(
+        &self,
+        a: Left<'_, T>,
+        rows: usize,
+        b: &Packed<T>,
+        c: &mut [T],
+        added: bool,
+    ) {
         let cols = b.cols();
         let shared = SharedMut::new(c);
         split_rows(rows, cols, |first, rows| {
@@ -106,7 +113,10 @@ impl Linear {
             };
             // SAFETY: pieces are disjoint row ranges.
             let c = unsafe { shared.slice(first * cols, rows * cols) };
-            add_product(self.level, a, rows, b, c, cols);
+            match added {
+                true => add_product(self.level, a, rows, b, c, cols),
+                false => set_product(self.level, a, rows, b, c, cols),
+            }
         });
     }
 }
@@ -121,7 +131,7 @@ impl Kernel for Linear {
         let rows: usize = self.shape[..self.shape.len() - 1].iter().product();
         let mut out = match x.get(2) {
             Some(bias) => bias.repeat(rows),
-            None => vec![T::zero(); rows * n],
+            None => uninit(rows * n),
         };
         let weight = Packed::new(x[1], k, n, 1, k);
         let left = Left {
@@ -129,7 +139,7 @@ impl Kernel for Linear {
             row: k,
             col: 1,
         };
-        self.product(left, rows, &weight, &mut out);
+        self.product(left, rows, &weight, &mut out, x.len() > 2);
         (out, self.shape.clone())
     }
 
@@ -137,23 +147,23 @@ impl Kernel for Linear {
         let (k, n) = (self.inputs, self.outputs);
         let rows = gradient.len() / n.max(1);
         // [rows, inputs] = gradient [rows, outputs] W
-        let mut grad_x = vec![T::zero(); x[0].len()];
+        let mut grad_x = uninit(x[0].len());
         let weight = Packed::new(x[1], n, k, k, 1);
         let left = Left {
             data: gradient,
             row: n,
             col: 1,
         };
-        self.product(left, rows, &weight, &mut grad_x);
+        self.product(left, rows, &weight, &mut grad_x, false);
         // [outputs, inputs] = gradientᵀ x
-        let mut grad_weight = vec![T::zero(); x[1].len()];
+        let mut grad_weight = uninit(x[1].len());
         let read = Packed::new(x[0], rows, k, k, 1);
         let turned = Left {
             data: gradient,
             row: 1,
             col: n,
         };
-        self.product(turned, n, &read, &mut grad_weight);
+        self.product(turned, n, &read, &mut grad_weight, false);
         let mut out = vec![grad_x, grad_weight];
         if x.len() > 2 {
             let mut bias = vec![T::zero(); n];

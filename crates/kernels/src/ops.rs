@@ -6,6 +6,7 @@
 //! Tokens of all sequences lie flat in the first dimension: activations are [tokens, width].
 
 use crate::composed::composes;
+use crate::dense::uninit;
 use crate::elementwise::{self, Gate};
 use crate::learn;
 use crate::linear;
@@ -401,15 +402,6 @@ pub fn with_strided_rows<R>(x: &Tensor, f: impl FnOnce(&[f32], usize) -> R) -> R
 fn matrix_tensor(values: Vec<f32>, tokens: usize) -> Result<Tensor> {
     let width = values.len() / tokens.max(1);
     Tensor::from_vec(values, (tokens, width), &Device::Cpu)
-}
-
-/// A buffer that the caller overwrites whole.
-#[allow(clippy::uninit_vec)]
-fn uninit(len: usize) -> Vec<f32> {
-    let mut buffer = Vec::with_capacity(len);
-    // SAFETY: every caller writes all elements before reading any; f32 has no invalid values.
-    unsafe { buffer.set_len(len) };
-    buffer
 }
 
 /// A buffer of this thread that keeps its memory from call to call.

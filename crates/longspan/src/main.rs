@@ -45,6 +45,12 @@ use cli::{Cli, Command};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // Candle's own pool spins for new work, on the cores that ours works on.
+    const SPINS: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+    if std::env::var_os(SPINS).is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var(SPINS, "0") };
+    }
     let cli = Cli::parse();
     ui::watch_interrupts();
     match run(cli) {
