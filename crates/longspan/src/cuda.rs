@@ -1,4 +1,4 @@
-//! Opens a GPU for training.
+//! Opens a GPU.
 
 use anyhow::{Context, Result};
 use candle_core::Device;
