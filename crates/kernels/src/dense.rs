@@ -50,6 +50,11 @@ impl<T: Real> Packed<T> {
         Packed { panels, k, n }
     }
 
+    /// Rows of B.
+    pub fn rows(&self) -> usize {
+        self.k
+    }
+
     /// Columns of B.
     pub fn cols(&self) -> usize {
         self.n
@@ -90,22 +95,6 @@ pub fn add_product<T: Real>(
     add_product_part(level, a, m, b, (b.k, b.n), c, stride);
 }
 
-/// C [m, n] = A B, whatever C held.
-pub fn set_product<T: Real>(
-    level: Level,
-    a: Left<'_, T>,
-    m: usize,
-    b: &Packed<T>,
-    c: &mut [T],
-    stride: usize,
-) {
-    if b.k == 0 {
-        let rows = c.chunks_mut(stride.max(1)).take(m);
-        rows.for_each(|row| row[..b.n].fill(T::zero()));
-    }
-    product(level, a, m, b, (b.k, b.n), c, stride, true);
-}
-
 /// As [`add_product`], with the first k rows and n columns of B alone.
 pub fn add_product_part<T: Real>(
     level: Level,
@@ -119,7 +108,7 @@ pub fn add_product_part<T: Real>(
     product(level, a, m, b, (k, n), c, stride, false);
 }
 
-/// The first k rows and n columns of B alone; `fresh`: C is written instead of added to.
+/// As [`add_product_part`]; `fresh`: C = A B, whatever C held.
 pub(crate) fn product<T: Real>(
     level: Level,
     a: Left<'_, T>,
@@ -136,6 +125,10 @@ pub(crate) fn product<T: Real>(
         b.k,
         b.n
     );
+    if fresh && k == 0 {
+        let rows = c.chunks_mut(stride.max(1)).take(m);
+        rows.for_each(|row| row[..n].fill(T::zero()));
+    }
     if m == 0 || k == 0 || n == 0 {
         return;
     }
@@ -342,7 +335,7 @@ mod tests {
                     .map(|(i, j)| if i < k && j < n { b[i * n + j] } else { 7.0 }).collect();
                 let larger = Packed::new(&larger, k + 2, n + 40, n + 40, 1);
                 let mut set = c.clone();
-                set_product(level, left, m, &Packed::new(&b, k, n, n, 1), &mut set, n + 3);
+                product(level, left, m, &Packed::new(&b, k, n, n, 1), (k, n), &mut set, n + 3, true);
                 let mut sums = vec![0.0; m * (n + 3)];
                 add_product(level, left, m, &Packed::new(&b, k, n, n, 1), &mut sums, n + 3);
                 for (row, wanted) in set.chunks_exact(n + 3).zip(sums.chunks_exact(n + 3)) {

@@ -4,7 +4,7 @@
 use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{Composed, composes, node, sum_rows, wide};
 use crate::cpu::Level;
-use crate::dense::{Left, Packed, add_product, set_product, uninit};
+use crate::dense::{Left, Packed, product, uninit};
 use crate::elementwise::split_rows;
 use crate::pool::SharedMut;
 use candle_core::{Result, Tensor, bail};
@@ -113,10 +113,7 @@ impl Linear {
             };
             // SAFETY: pieces are disjoint row ranges.
             let c = unsafe { shared.slice(first * cols, rows * cols) };
-            match added {
-                true => add_product(self.level, a, rows, b, c, cols),
-                false => set_product(self.level, a, rows, b, c, cols),
-            }
+            product(self.level, a, rows, b, (b.rows(), cols), c, cols, !added);
         });
     }
 }
