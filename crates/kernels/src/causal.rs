@@ -5,7 +5,8 @@ use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{Composed, band, composes, node, wide};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, add_product, add_product_part, product};
-use crate::learn::composed::softmax_pull;
+use crate::gpu;
+use crate::learn::composed::{Seen, softmax_pull};
 use crate::learn::{levels, softmax_naive};
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
@@ -103,19 +104,33 @@ impl Blocks {
             .collect()
     }
 
-    /// Queries of a block, times the scale, those of a key head side by side: [kv_heads, group rows, d].
+    /// Queries of a block, those of a key head side by side: [kv_heads, group rows, d].
     fn queries(&self, query: &Tensor, b: &Block, kv_heads: usize) -> Result<Tensor> {
         let (heads, _, d) = query.dims3()?;
-        (query.narrow(1, b.first, b.rows)?.contiguous()? * self.scale)?.reshape((
+        query.narrow(1, b.first, b.rows)?.contiguous()?.reshape((
             kv_heads,
             heads / kv_heads * b.rows,
             d,
         ))
     }
 
-    /// Weights of a block, in the type of sums: [kv_heads, group rows, keys].
+    fn seen(&self, b: &Block, offset: usize) -> Seen {
+        Seen {
+            rows: b.rows,
+            keys: b.keys,
+            first: offset + b.first,
+            from: b.from,
+            window: self.window,
+        }
+    }
+
+    /// Weights of a block, in the type of sums where they are composed: [kv_heads, group rows, keys].
     fn weights(&self, queries: &Tensor, keys: &Tensor, b: &Block, offset: usize) -> Result<Tensor> {
-        let scores = wide(&queries.matmul(&keys.transpose(1, 2)?)?)?;
+        let scores = queries.matmul(&keys.transpose(1, 2)?)?;
+        if gpu::fits(&[&scores]) {
+            return self.seen(b, offset).soften(&scores, self.scale);
+        }
+        let scores = (wide(&scores)? * self.scale)?;
         let (kv_heads, wide_rows, count) = scores.dims3()?;
         let band = band(
             (offset + b.first, b.rows),
@@ -174,13 +189,18 @@ impl Composed for Blocks {
                 .narrow(1, b.first, b.rows)?
                 .contiguous()?
                 .reshape(queries.shape())?;
-            let grad_weights = wide(&grad.matmul(&values.transpose(1, 2)?)?)?;
-            let slopes = softmax_pull(&weights, &grad_weights)?.to_dtype(x[0].dtype())?;
+            let grad_weights = grad.matmul(&values.transpose(1, 2)?)?;
+            let slopes = match gpu::fits(&[&weights, &grad_weights]) {
+                true => self
+                    .seen(&b, s - t)
+                    .pull(&weights, &grad_weights, self.scale)?,
+                false => (softmax_pull(&weights, &wide(&grad_weights)?)? * self.scale)?,
+            };
+            let slopes = slopes.to_dtype(x[0].dtype())?;
             let weights = weights.to_dtype(x[2].dtype())?;
             add(&mut grad_value, weights.transpose(1, 2)?.matmul(&grad)?, &b)?;
             add(&mut grad_key, slopes.transpose(1, 2)?.matmul(&queries)?, &b)?;
-            let part = (slopes.matmul(&keys)? * self.scale)?;
-            grad_query.push(part.reshape((heads, b.rows, d))?);
+            grad_query.push(slopes.matmul(&keys)?.reshape((heads, b.rows, d))?);
         }
         match (grad_key, grad_value) {
             (Some(key), Some(value)) => Ok(vec![Tensor::cat(&grad_query, 1)?, key, value]),

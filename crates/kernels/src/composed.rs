@@ -2,6 +2,7 @@
 //! 16 bits. Each is one node of the graph with an analytic gradient, because candle's own gradients
 //! of a composition cost several launches for every operation in it.
 
+use crate::gpu;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout, Result,
@@ -31,7 +32,7 @@ pub fn composing<R>(work: impl FnOnce() -> R) -> R {
 pub trait Composed: Send + Sync + 'static {
     /// Named in errors.
     fn name(&self) -> &'static str;
-    /// Inputs to the output.
+    /// Inputs to the output, whose memory nothing but it and the inputs may hold.
     fn forward(&self, x: &[Tensor]) -> Result<Tensor>;
     /// The gradient of each input, given output and its gradient.
     fn backward(&self, x: &[Tensor], y: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>>;
@@ -98,8 +99,11 @@ impl<C: Composed> Node<C> {
         }
     }
 
-    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, inputs: &[&CudaStorage]) -> Result<(CudaStorage, Shape)> {
         let value = self.take()?;
+        if let Some(storage) = gpu::take_over(&value, inputs)? {
+            return Ok((storage, self.shape.clone()));
+        }
         let (storage, layout) = value.storage_and_layout();
         match &*storage {
             Storage::Cuda(storage) => Ok((whole(storage, layout)?, self.shape.clone())),
@@ -143,8 +147,8 @@ impl<C: Composed> CustomOp1 for Node<C> {
         self.cpu()
     }
 
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
+    fn cuda_fwd(&self, a: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda(&[a])
     }
 
     fn bwd(&self, a: &Tensor, y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
@@ -169,12 +173,12 @@ impl<C: Composed> CustomOp2 for Node<C> {
 
     fn cuda_fwd(
         &self,
-        _: &CudaStorage,
+        a: &CudaStorage,
         _: &Layout,
-        _: &CudaStorage,
+        b: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
+        self.cuda(&[a, b])
     }
 
     fn bwd(
@@ -209,14 +213,14 @@ impl<C: Composed> CustomOp3 for Node<C> {
 
     fn cuda_fwd(
         &self,
-        _: &CudaStorage,
+        a: &CudaStorage,
         _: &Layout,
-        _: &CudaStorage,
+        b: &CudaStorage,
         _: &Layout,
-        _: &CudaStorage,
+        c: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
+        self.cuda(&[a, b, c])
     }
 
     fn bwd(
@@ -233,11 +237,17 @@ impl<C: Composed> CustomOp3 for Node<C> {
     }
 }
 
-/// Sum over all axes but the last, as a product with ones: candle's own reduction over leading axes reads far apart.
+/// Sum over all axes but the last, in the type of sums; composed it is a product with ones, since candle's own reduction over
+/// leading axes reads far apart.
 pub fn sum_rows(x: &Tensor) -> Result<Tensor> {
+    let x = &x.contiguous()?;
+    if gpu::fits(&[x]) {
+        return gpu::sum_rows(x);
+    }
+    let x = &wide(x)?;
     let width = x.dim(D::Minus1)?;
     let rows = x.elem_count() / width.max(1);
-    let x = x.contiguous()?.reshape((rows, width))?;
+    let x = x.reshape((rows, width))?;
     Tensor::ones((1, rows), x.dtype(), x.device())?
         .matmul(&x)?
         .squeeze(0)
@@ -256,6 +266,39 @@ pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
     (x * 0.5)?.tanh()?.affine(0.5, 0.5)
 }
 
+/// Tables that cost the host more than their use costs a GPU: the last few, by what they were made for.
+pub struct Kept<K, V> {
+    most: usize,
+    values: Mutex<Vec<(K, V)>>,
+}
+
+impl<K: PartialEq, V: Clone> Kept<K, V> {
+    /// Holds `most` values.
+    pub const fn new(most: usize) -> Self {
+        let values = Mutex::new(Vec::new());
+        Kept { most, values }
+    }
+
+    /// The value of `key`, made if it is not held. Another thread may make it at the same time.
+    pub fn get(&self, key: K, make: impl FnOnce() -> Result<V>) -> Result<V> {
+        let kept = || self.values.lock().unwrap_or_else(|e| e.into_inner());
+        let found = kept()
+            .iter()
+            .find(|(k, _)| *k == key)
+            .map(|kept| kept.1.clone());
+        if let Some(value) = found {
+            return Ok(value);
+        }
+        let value = make()?;
+        let mut kept = kept();
+        if kept.len() >= self.most {
+            kept.remove(0);
+        }
+        kept.push((key, value.clone()));
+        Ok(value)
+    }
+}
+
 /// Added to scores that are not seen. Finite: 0 times it stays 0.
 pub const HIDDEN: f64 = -1e30;
 
@@ -266,22 +309,23 @@ pub fn band(
     window: usize,
     device: &Device,
 ) -> Result<Tensor> {
-    type Key = ([usize; 4], usize, candle_core::DeviceLocation);
+    type Key = ([usize; 4], candle_core::DeviceLocation);
     /// Small ones are asked again by every layer.
-    static KEPT: Mutex<Vec<(Key, Tensor)>> = Mutex::new(Vec::new());
-    const KEEP: usize = 8;
-    let key: Key = (
-        [rows, cols, first.wrapping_sub(from), 0],
-        window,
-        device.location(),
-    );
-    let small = rows * cols <= 1 << 22;
-    if small {
-        let kept = KEPT.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some((_, band)) = kept.iter().find(|(k, _)| *k == key) {
-            return Ok(band.clone());
-        }
+    static SMALL: Kept<Key, Tensor> = Kept::new(8);
+    let make = || banded((first, rows), (from, cols), window, device);
+    if rows * cols > 1 << 22 {
+        return make();
     }
+    let key = [rows, cols, first.wrapping_sub(from), window];
+    SMALL.get((key, device.location()), make)
+}
+
+fn banded(
+    (first, rows): (usize, usize),
+    (from, cols): (usize, usize),
+    window: usize,
+    device: &Device,
+) -> Result<Tensor> {
     let line = |start: usize, count: usize| -> Vec<f32> {
         (start..start + count).map(|i| i as f32).collect()
     };
@@ -293,15 +337,7 @@ pub fn band(
         let behind = ahead.le(-(window as f32))?.to_dtype(DType::F32)?;
         hidden = (hidden + behind)?;
     }
-    let band = (hidden * HIDDEN)?;
-    if small {
-        let mut kept = KEPT.lock().unwrap_or_else(|e| e.into_inner());
-        if kept.len() == KEEP {
-            kept.remove(0);
-        }
-        kept.push((key, band.clone()));
-    }
-    Ok(band)
+    hidden * HIDDEN
 }
 
 /// Rows of `x` [rows, width] by number, repeated at will: [ids, width]. On the CPU candle's own; elsewhere candle adds

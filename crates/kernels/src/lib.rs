@@ -15,8 +15,10 @@ pub mod cpu;
 pub mod dense;
 pub mod elementwise;
 pub mod fftconv;
+mod gpu;
 #[cfg(test)]
 mod harness;
+pub mod heads;
 pub mod learn;
 pub mod linear;
 pub mod matmul;

@@ -2,7 +2,7 @@
 //! small models, where transposes, broadcasts and gradients of constants cost as much as the products.
 
 use crate::autograd::{Kernel, Real, apply};
-use crate::composed::{Composed, composes, node, sum_rows, wide};
+use crate::composed::{Composed, composes, node, sum_rows};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, product, uninit};
 use crate::elementwise::split_rows;
@@ -81,7 +81,7 @@ impl Composed for LinearComposed {
             gradient.t()?.matmul(&read)?,
         ];
         if let Some(bias) = x.get(2) {
-            out.push(sum_rows(&wide(&gradient)?)?.to_dtype(bias.dtype())?);
+            out.push(sum_rows(&gradient)?.to_dtype(bias.dtype())?);
         }
         Ok(out)
     }

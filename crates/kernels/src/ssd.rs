@@ -5,12 +5,15 @@
 //! state. Decays are differences of running sums inside one chunk, at most 0, so nothing grows.
 
 mod fused;
+mod parts;
 
 use crate::autograd::apply;
-use crate::composed::{band, composes, wide};
+use crate::composed::{Kept, band, composes, wide};
 use crate::cpu::Level;
-use candle_core::{DType, Result, Tensor, bail};
+use crate::heads::{join_heads, split_heads};
+use candle_core::{DType, DeviceLocation, Result, Tensor, bail};
 use fused::Fused;
+use parts::{decayed, scale_rows};
 
 /// Inputs of a scan, f32 or f64.
 pub struct Scan<'a> {
@@ -126,55 +129,40 @@ impl Scan<'_> {
         let all = s.batch * chunks;
         // Steps of size 0 neither forget nor write.
         let padded = |t: &Tensor| t.pad_with_zeros(1, 0, chunks * q - s.length);
-        // [batch, length, count, width] -> [batch chunks, count, q, width]
+        // [batch, length, count, width] -> [batch chunks count, q, width]
         let cut = |t: &Tensor, count: usize, width: usize| {
-            padded(t)?
-                .reshape((all, q, count, width))?
-                .transpose(1, 2)?
-                .contiguous()
+            let t = padded(t)?.reshape((all * q, count * width))?;
+            match count {
+                1 => t.reshape((all, q, width)),
+                _ => split_heads(&t, all, count, None),
+            }
         };
-        let dt = padded(&wide(self.dt)?)?
-            .reshape((all, q, s.heads))?
-            .transpose(1, 2)?
-            .contiguous()?; // [all, heads, q]
-        let log_decay = dt.broadcast_mul(&wide(self.a)?.reshape((1, s.heads, 1))?)?;
+        let dt = cut(&wide(self.dt)?, s.heads, 1)?; // [all heads, q, 1]
+        let log_decay = dt
+            .reshape((all, s.heads, q))?
+            .broadcast_mul(&wide(self.a)?.reshape((1, s.heads, 1))?)?;
         // Inclusive running sums c_i = Σ_{k<=i} dt_k A, in f64: products with ones may be made in fewer digits elsewhere.
         let sum = running(&log_decay.reshape((all * s.heads, q))?)?; // [all heads, q]
         let last = sum.narrow(1, q - 1, 1)?; // [all heads, 1]
         let x = cut(self.x, s.heads, p)?;
-        let x = x.broadcast_mul(&dt.to_dtype(dtype)?.unsqueeze(3)?)?; // dt_j x_j
-        let (b, c) = (cut(self.b, groups, n)?, cut(self.c, groups, n)?);
-        let (b, c) = (
-            b.reshape((all * groups, q, n))?,
-            c.reshape((all * groups, q, n))?,
-        );
-        // Decay from j to i: e^{c_i - c_j} for j <= i, 0 elsewhere.
-        let decay = sum
-            .unsqueeze(2)?
-            .broadcast_sub(&sum.unsqueeze(1)?)?
-            .broadcast_add(&lower(q, sum.dtype(), device)?)?
-            .exp()?
-            .to_dtype(dtype)?
-            .reshape((all * groups, share, q, q))?;
-        let scores = c.matmul(&b.transpose(1, 2)?)?.unsqueeze(1)?; // [all groups, 1, q, q]
-        let within = decay
-            .broadcast_mul(&scores)?
-            .reshape((all * s.heads, q, q))?
-            .matmul(&x.reshape((all * s.heads, q, p))?)?; // [all heads, q, p]
+        let x = scale_rows(&x, &dt.squeeze(2)?.to_dtype(dtype)?)?; // dt_j x_j: [all heads, q, p]
+        let (b, c) = (cut(self.b, groups, n)?, cut(self.c, groups, n)?); // [all groups, q, n]
+        let scores = c.matmul(&b.transpose(1, 2)?)?; // [all groups, q, q]
+        let within = decayed(&sum, &scores, share)?.matmul(&x)?; // [all heads, q, p]
         // What each chunk adds to the state: [all groups, share p, n]
         let to_end = last.broadcast_sub(&sum)?.exp()?.to_dtype(dtype)?;
-        let added = x
-            .broadcast_mul(&to_end.reshape((all, s.heads, q, 1))?)?
-            .transpose(2, 3)?
+        let to_add = scale_rows(&x, &to_end)?;
+        let added = join_heads(&to_add, all)?
+            .reshape((all, q, groups, share * p))?
+            .transpose(1, 2)?
             .contiguous()?
-            .reshape((all * groups, share * p, q))?
+            .reshape((all * groups, q, share * p))?
+            .transpose(1, 2)?
             .matmul(&b)?;
         // States before each chunk and after the last: a product with the decays from chunk to chunk.
         let by_head = |t: &Tensor, width: usize| {
-            t.reshape((s.batch, chunks, s.heads, width))?
-                .transpose(1, 2)?
-                .contiguous()?
-                .reshape((s.batch * s.heads, chunks, width))
+            let t = t.reshape((s.batch * chunks, s.heads * width))?;
+            split_heads(&t, s.batch, s.heads, None) // [batch heads, chunks, width]
         };
         let totals = running(&by_head(&last, 1)?.squeeze(2)?)?; // C_i: [batch heads, chunks]
         let zero = Tensor::zeros((s.batch * s.heads, 1), totals.dtype(), device)?;
@@ -191,25 +179,18 @@ impl Scan<'_> {
             .narrow(1, chunks, 1)?
             .contiguous()?
             .reshape((s.batch, s.heads, p, n))?;
-        let before = states
-            .narrow(1, 0, chunks)?
-            .reshape((s.batch, s.heads, chunks, p * n))?
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((all * groups, share * p, n))?;
+        let before = join_heads(&states.narrow(1, 0, chunks)?, s.batch)?.reshape((
+            all * groups,
+            share * p,
+            n,
+        ))?;
         // What the carried state still gives: e^{c_i} S C_i
-        let carried = c
-            .matmul(&before.transpose(1, 2)?)?
-            .reshape((all, groups, q, share, p))?
-            .transpose(2, 3)?
-            .contiguous()?
-            .reshape((all * s.heads, q, p))?
-            .broadcast_mul(&sum.exp()?.to_dtype(dtype)?.unsqueeze(2)?)?;
-        let y = (within + carried)?
-            .reshape((all, s.heads, q, p))?
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((s.batch, chunks * q, s.heads, p))?;
+        let carried = c.matmul(&before.transpose(1, 2)?)?; // [all groups, q, share p]
+        let carried = carried.reshape((all * groups * q, share * p))?;
+        let carried = split_heads(&carried, all * groups, share, None)?; // [all heads, q, p]
+        let carried = scale_rows(&carried, &sum.exp()?.to_dtype(dtype)?)?;
+        let y = join_heads(&(within + carried)?, all)?;
+        let y = y.reshape((s.batch, chunks * q, s.heads, p))?;
         let y = match chunks * q == s.length {
             true => y,
             false => y.narrow(1, 0, s.length)?.contiguous()?,
@@ -256,11 +237,12 @@ impl Scan<'_> {
 
 /// Inclusive running sums of the rows of x [rows, n], made in f64.
 fn running(x: &Tensor) -> Result<Tensor> {
+    static UPPER: Kept<(usize, DeviceLocation), Tensor> = Kept::new(8);
     let n = x.dim(1)?;
-    let upper: Vec<f64> = (0..n * n)
-        .map(|at| if at / n <= at % n { 1.0 } else { 0.0 })
-        .collect();
-    let upper = Tensor::from_vec(upper, (n, n), x.device())?;
+    let upper = UPPER.get((n, x.device().location()), || {
+        let ones = (0..n * n).map(|at| if at / n <= at % n { 1.0 } else { 0.0 });
+        Tensor::from_vec(ones.collect::<Vec<f64>>(), (n, n), x.device())
+    })?;
     x.to_dtype(DType::F64)?.matmul(&upper)?.to_dtype(x.dtype())
 }
 

@@ -6,6 +6,7 @@ use longspan_kernels::autograd::softplus;
 use longspan_kernels::causal::causal_attention;
 use longspan_kernels::composed::{composing, rows};
 use longspan_kernels::fftconv::fft_conv;
+use longspan_kernels::heads::{join_heads, split_heads};
 use longspan_kernels::learn::{depthwise_conv, rms_norm, silu_gate, softmax};
 use longspan_kernels::linear::linear;
 use longspan_kernels::s4::{Discretisation, diagonal_kernel};
@@ -45,34 +46,120 @@ fn near(found: &Tensor, wanted: &Tensor, bound: f64, what: &str) {
 
 /// The outputs, weighted and summed: what gradients are taken of.
 fn weighted(outputs: &[Tensor]) -> Result<Tensor> {
-    let mut sum = Tensor::zeros((), outputs[0].dtype(), &Device::Cpu)?;
+    let device = outputs[0].device();
+    let mut sum = Tensor::zeros((), outputs[0].dtype(), device)?;
     for y in outputs {
-        let weights = tensor(&[y.elem_count()], 5, -1.0, 1.0).to_dtype(y.dtype())?;
+        let weights = tensor(&[y.elem_count()], 5, -1.0, 1.0)
+            .to_dtype(y.dtype())?
+            .to_device(device)?;
         sum = (sum + (y.flatten_all()? * weights)?.sum_all()?)?;
     }
     Ok(sum)
 }
 
+/// Outputs, and the gradients of all inputs on this device.
+fn evaluate(
+    inputs: &[Tensor],
+    device: &Device,
+    f: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+) -> Result<(Vec<Tensor>, Vec<Option<Tensor>>)> {
+    let vars = inputs
+        .iter()
+        .map(|x| Var::from_tensor(&x.to_device(device)?))
+        .collect::<Result<Vec<Var>>>()?;
+    let tracked: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+    let outputs = f(&tracked)?;
+    let gradients = weighted(&outputs)?.backward()?;
+    let of = |var: &Var| gradients.get(var.as_tensor()).cloned();
+    Ok((outputs, vars.iter().map(of).collect()))
+}
+
+/// A GPU, in a build and on a machine that have one: the kernels there have these tests too.
+fn gpu() -> Option<Device> {
+    if cfg!(feature = "cuda") {
+        Device::new_cuda_with_stream(0).ok()
+    } else {
+        None
+    }
+}
+
 fn agree(what: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>) {
     for (dtype, bound) in [(DType::F64, 1e-10), (DType::F32, 1e-4)] {
-        let vars: Vec<Var> = inputs
-            .iter()
-            .map(|x| Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap())
-            .collect();
-        let tracked: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
-        let kernel = f(&tracked).unwrap();
-        let composed = composing(|| f(&tracked)).unwrap();
-        for (index, (a, b)) in composed.iter().zip(&kernel).enumerate() {
-            near(a, b, bound, &format!("{what}, {dtype:?}, output {index}"));
+        let typed: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
+        let cpu = Device::Cpu;
+        let (kernel, wanted) = evaluate(&typed, &cpu, f).unwrap();
+        let composed = composing(|| evaluate(&typed, &cpu, f)).unwrap();
+        let mut found = vec![("composed", composed)];
+        if let (Some(gpu), DType::F32) = (gpu(), dtype) {
+            found.push(("GPU", evaluate(&typed, &gpu, f).unwrap()));
         }
-        let kernel = weighted(&kernel).unwrap().backward().unwrap();
-        let composed = composing(|| weighted(&composed).unwrap().backward()).unwrap();
-        for (index, var) in vars.iter().enumerate() {
-            let what = format!("{what}, {dtype:?}, gradient {index}");
-            let (a, b) = (composed.get(var.as_tensor()), kernel.get(var.as_tensor()));
-            near(a.expect(&what), b.expect(&what), bound, &what);
+        for (how, (outputs, gradients)) in found {
+            for (index, (a, b)) in outputs.iter().zip(&kernel).enumerate() {
+                let what = format!("{what}, {how}, {dtype:?}, output {index}");
+                near(a, b, bound, &what);
+            }
+            for (index, (a, b)) in gradients.iter().zip(&wanted).enumerate() {
+                let what = format!("{what}, {how}, {dtype:?}, gradient {index}");
+                let (a, b) = (a.as_ref().expect(&what), b.as_ref().expect(&what));
+                near(a, b, bound, &what);
+            }
         }
     }
+}
+
+/// Heads out of activations and back, element by element, and their gradients, which are the way back.
+#[test]
+fn heads_are_split_turned_and_joined() {
+    let (documents, heads, length, width, half) = (2, 3, 5, 8, 3);
+    let tokens = documents * length;
+    let x = t(&[tokens, heads * width], 1);
+    let (cos, sin) = (t(&[tokens, half], 2), t(&[tokens, half], 3));
+    let (c, s, values) = (flat(&cos), flat(&sin), flat(&x));
+    let mut wanted = Vec::new();
+    for at in 0..documents * heads * length * width {
+        let (e, rest) = (at % width, at / width);
+        let (l, head, document) = (rest % length, rest / length % heads, rest / length / heads);
+        let token = document * length + l;
+        let value = |e: usize| values[(token * heads + head) * width + e];
+        let angle = token * half + e % half;
+        wanted.push(match e {
+            e if e < half => value(e) * c[angle] - value(e + half) * s[angle],
+            e if e < 2 * half => value(e) * c[angle] + value(e - half) * s[angle],
+            e => value(e),
+        });
+    }
+    let shape = [documents * heads, length, width];
+    let wanted = Tensor::from_vec(wanted, &shape, &Device::Cpu).unwrap();
+    let devices = [Some(Device::Cpu), gpu()];
+    for device in devices.iter().flatten() {
+        let put = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_device(device).unwrap();
+        let angles = (put(&cos), put(&sin));
+        let var = Var::from_tensor(&put(&x)).unwrap();
+        let y = split_heads(
+            var.as_tensor(),
+            documents,
+            heads,
+            Some((&angles.0, &angles.1)),
+        )
+        .unwrap();
+        near(&y, &wanted, 1e-6, "split heads");
+        // <g, split x> = <split' g, x> for the gradient split'.
+        let g = put(&t(&shape, 4));
+        let product = (&y * &g).unwrap().sum_all().unwrap();
+        let back = product.backward().unwrap();
+        let back = (back.get(var.as_tensor()).unwrap() * var.as_tensor()).unwrap();
+        let (left, right) = (flat(&product)[0], flat(&back.sum_all().unwrap())[0]);
+        assert!((left - right).abs() < 1e-3, "{left} {right}");
+        let plain = split_heads(var.as_tensor(), documents, heads, None).unwrap();
+        near(
+            &join_heads(&plain, documents).unwrap(),
+            &x,
+            1e-6,
+            "there and back",
+        );
+    }
+    assert!(split_heads(&x, 3, heads, None).is_err());
+    assert!(split_heads(&x, documents, 7, None).is_err());
 }
 
 #[test]

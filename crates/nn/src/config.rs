@@ -199,6 +199,11 @@ impl ModelConfig {
         self.num_kv_heads * self.head_dim
     }
 
+    /// Whether attention is the softmax of scaled products alone, without soft cap and ALiBi.
+    pub fn plain_scores(&self) -> bool {
+        self.attention_softcap.is_none() && self.alibi_max_bias.is_none()
+    }
+
     /// ALiBi's slope of each query head, for models of that kind.
     pub fn alibi_slopes(&self) -> Option<Vec<f32>> {
         let slopes = crate::position::alibi::slopes_to(self.alibi_max_bias?, self.num_heads);

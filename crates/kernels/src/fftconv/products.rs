@@ -2,14 +2,15 @@
 //! the transforms of N1 and of N2 points and a table between them (Cooley and Tukey's four steps), so O(L^1.5) work and O(L)
 //! memory per channel. Spectra stay in the order the products give; the way back reads the same order.
 
-use crate::composed::Composed;
-use candle_core::{DType, Device, Result, Tensor};
+use crate::composed::{Composed, Kept};
+use candle_core::{DType, Device, DeviceLocation, Result, Tensor};
 use std::f64::consts::TAU;
 
 /// u, kernel, and optionally the kernel of the other direction, as [`super::fft_conv`].
 pub(super) struct Conv;
 
 /// Tables of one size.
+#[derive(Clone)]
 struct Plan {
     n1: usize,
     n2: usize,
@@ -21,9 +22,18 @@ struct Plan {
     second: Tensor,
 }
 
+/// The tables' sines take the host longer than a convolution takes a GPU.
+static PLANS: Kept<(usize, DType, DeviceLocation), Plan> = Kept::new(8);
+
 impl Plan {
-    fn new(size: usize, dtype: DType, device: &Device) -> Result<Plan> {
+    fn of(size: usize, dtype: DType, device: &Device) -> Result<Plan> {
         let size = size.next_power_of_two();
+        let key = (size, dtype, device.location());
+        PLANS.get(key, || Plan::new(size, dtype, device))
+    }
+
+    /// `size`: a power of two.
+    fn new(size: usize, dtype: DType, device: &Device) -> Result<Plan> {
         let n1 = 1 << (size.trailing_zeros() / 2);
         let n2 = size / n1;
         // Products are taken modulo the number of points, so that angles keep their digits.
@@ -151,7 +161,7 @@ impl Sizes {
 
     fn plan(&self, like: &Tensor) -> Result<Plan> {
         let size = self.length + self.taps.max(1) + self.reverse;
-        Plan::new(size, like.dtype(), like.device())
+        Plan::of(size, like.dtype(), like.device())
     }
 
     fn points(&self, plan: &Plan) -> (usize, usize, usize, usize) {

@@ -12,7 +12,8 @@ use crate::config::ModelConfig;
 use crate::position::{Frequencies, LayerRopes};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use longspan_kernels::causal::causal_attention;
-use longspan_kernels::composed::{Composed, composes, node};
+use longspan_kernels::composed::{Composed, Kept, composes, node};
+use longspan_kernels::heads::{join_heads, split_heads};
 
 /// Attention of one layer over all sequences of a forward pass.
 pub trait Attend {
@@ -34,13 +35,40 @@ pub struct CausalAttention<'a> {
     ropes: LayerRopes,
     /// Document lengths of the flat tokens; they sum to the number of tokens of a call.
     lengths: Vec<usize>,
-    /// cos and sin of each rotary basis for the call's tokens: [tokens, rotary_dim / 2].
-    tables: Vec<(Tensor, Tensor)>,
+    tables: Tables,
     /// Per layer the keys (rotated) and values seen so far, [kv_heads, past, head_dim].
     cache: Option<&'a mut Vec<Option<(Tensor, Tensor)>>>,
 }
 
+/// cos and sin of each rotary basis for the tokens of a call: [tokens, rotary_dim / 2].
+pub type Tables = Vec<(Tensor, Tensor)>;
+
+/// Tables by document lengths: every layer of a pass asks for the same.
+pub type KeptTables = Kept<(Vec<usize>, DType), Tables>;
+
 impl<'a> CausalAttention<'a> {
+    /// Attention over packed documents of these lengths, positions restarting in each, with the tables of `kept`, which serves
+    /// one model.
+    pub fn remembering(
+        config: &'a ModelConfig,
+        lengths: &[usize],
+        dtype: DType,
+        device: &Device,
+        kept: &KeptTables,
+    ) -> Result<Self> {
+        let ropes = LayerRopes::new(config).map_err(candle_core::Error::wrap)?;
+        let tables = kept.get((lengths.to_vec(), dtype), || {
+            restarting_tables(&ropes, lengths, None, dtype, device)
+        })?;
+        Ok(CausalAttention {
+            config,
+            ropes,
+            lengths: lengths.to_vec(),
+            tables,
+            cache: None,
+        })
+    }
+
     /// Attention over packed documents of these lengths, positions restarting in each
     /// (`positions` overrides them; one per token).
     pub fn packed(
@@ -50,11 +78,8 @@ impl<'a> CausalAttention<'a> {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let restarting: Vec<usize> = lengths.iter().flat_map(|&length| 0..length).collect();
-        let positions = positions.unwrap_or(&restarting);
-        let seq_len = positions.iter().max().map(|last| last + 1);
         let ropes = LayerRopes::new(config).map_err(candle_core::Error::wrap)?;
-        let tables = rope_tables(&ropes, positions, seq_len, dtype, device)?;
+        let tables = restarting_tables(&ropes, lengths, positions, dtype, device)?;
         Ok(CausalAttention {
             config,
             ropes,
@@ -103,13 +128,38 @@ impl<'a> CausalAttention<'a> {
     }
 }
 
+fn restarting_tables(
+    ropes: &LayerRopes,
+    lengths: &[usize],
+    positions: Option<&[usize]>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tables> {
+    let restarting: Vec<usize> = lengths.iter().flat_map(|&length| 0..length).collect();
+    let positions = positions.unwrap_or(&restarting);
+    let seq_len = positions.iter().max().map(|last| last + 1);
+    rope_tables(ropes, positions, seq_len, dtype, device)
+}
+
 fn rope_tables(
     ropes: &LayerRopes,
     positions: &[usize],
     seq_len: Option<usize>,
     dtype: DType,
     device: &Device,
-) -> Result<Vec<(Tensor, Tensor)>> {
+) -> Result<Tables> {
+    // Each position's angles are computed once, however many documents reach it.
+    let count = positions.iter().max().map_or(0, |last| last + 1);
+    let repeated = count < positions.len();
+    let index = match repeated {
+        true => {
+            let index = positions.iter().map(|&p| p as u32).collect();
+            Some(Tensor::from_vec(index, positions.len(), device)?)
+        }
+        false => None,
+    };
+    let distinct: Vec<usize> = (0..count).collect();
+    let computed = if repeated { &distinct } else { positions };
     ropes
         .bases()
         .iter()
@@ -119,7 +169,7 @@ fn rope_tables(
                 attention_factor,
                 ..
             } = basis.frequencies(seq_len);
-            let angles = positions
+            let angles = computed
                 .iter()
                 .flat_map(|&p| inv_freq.iter().map(move |&f| p as f64 * f as f64));
             let (cos, sin): (Vec<f32>, Vec<f32>) = angles
@@ -130,11 +180,15 @@ fn rope_tables(
                     )
                 })
                 .unzip();
-            let shape = (positions.len(), inv_freq.len());
-            Ok((
-                Tensor::from_vec(cos, shape, device)?.to_dtype(dtype)?,
-                Tensor::from_vec(sin, shape, device)?.to_dtype(dtype)?,
-            ))
+            let shape = (computed.len(), inv_freq.len());
+            let table = |values: Vec<f32>| {
+                let table = Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?;
+                match &index {
+                    Some(index) => table.index_select(index, 0),
+                    None => Ok(table),
+                }
+            };
+            Ok((table(cos)?, table(sin)?))
         })
         .collect()
 }
@@ -197,6 +251,9 @@ impl Attend for CausalAttention<'_> {
                 self.lengths.iter().sum::<usize>()
             );
         }
+        if self.cache.is_none() && composes(query) && self.alike() && c.plain_scores() {
+            return self.together(layer, query, key, value);
+        }
         // [tokens, heads head_dim] -> [heads, tokens, head_dim]
         let split = |x: &Tensor, heads: usize| {
             x.contiguous()?
@@ -222,9 +279,6 @@ impl Attend for CausalAttention<'_> {
             }
             cache[layer] = Some((key.clone(), value.clone()));
         }
-        if self.cache.is_none() && composes(&query) && self.alike() {
-            return self.together(layer, &query, &key, &value);
-        }
         let mut outputs = Vec::with_capacity(self.lengths.len());
         let mut start = 0;
         for &length in &self.lengths {
@@ -247,14 +301,14 @@ impl Attend for CausalAttention<'_> {
 }
 
 impl CausalAttention<'_> {
-    /// Whether there are several documents, all of one length.
+    /// Whether all documents have one length.
     fn alike(&self) -> bool {
-        let first = self.lengths[0];
-        self.lengths.len() > 1 && first > 0 && self.lengths.iter().all(|&length| length == first)
+        let first = self.lengths.first().copied().unwrap_or(0);
+        first > 0 && self.lengths.iter().all(|&length| length == first)
     }
 
-    /// Documents of one length in one operation: as on the GPU, where each operation has a cost of its own. query
-    /// [heads, tokens, d], key and value [kv_heads, tokens, d] to [tokens, heads d].
+    /// Documents of one length in one operation, as on the GPU, where each operation has a cost of its own: sizes as those of
+    /// [`attend`](Attend::attend).
     fn together(
         &self,
         layer: usize,
@@ -263,33 +317,20 @@ impl CausalAttention<'_> {
         value: &Tensor,
     ) -> Result<Tensor> {
         let c = self.config;
-        let (documents, length) = (self.lengths.len(), self.lengths[0]);
-        if c.attention_softcap.is_some() || c.alibi_max_bias.is_some() {
-            let parts = (0..documents).map(|at| {
-                let cut = |x: &Tensor| x.narrow(1, at * length, length);
-                self.document(layer, &cut(query)?, &cut(key)?, &cut(value)?)
-            });
-            return Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0);
-        }
+        let documents = self.lengths.len();
+        let angles = self.ropes.of_layer(layer).map(|rope| {
+            let (cos, sin) = &self.tables[rope];
+            (cos, sin)
+        });
         // Heads of one document lie together, so that each key head still serves `group` query heads.
-        let set = |x: &Tensor, heads: usize| {
-            x.reshape((heads, documents, length, c.head_dim))?
-                .transpose(0, 1)?
-                .contiguous()?
-                .reshape((documents * heads, length, c.head_dim))
-        };
-        let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
-        causal_attention(
-            &set(query, c.num_heads)?,
-            &set(key, c.num_kv_heads)?,
-            &set(value, c.num_kv_heads)?,
+        let attended = causal_attention(
+            &split_heads(query, documents, c.num_heads, angles)?,
+            &split_heads(key, documents, c.num_kv_heads, angles)?,
+            &split_heads(value, documents, c.num_kv_heads, None)?,
             f64::from(c.attention_scale),
-            window,
-        )?
-        .reshape((documents, c.num_heads, length, c.head_dim))?
-        .transpose(1, 2)?
-        .contiguous()?
-        .reshape((documents * length, c.num_heads * c.head_dim))
+            c.layers[layer].sliding_window.unwrap_or(usize::MAX),
+        )?;
+        join_heads(&attended, documents)
     }
 
     /// query [heads, t, d], key and value [kv_heads, s, d] (the queries are the last t of the s
@@ -304,7 +345,7 @@ impl CausalAttention<'_> {
         let c = self.config;
         let (t, s) = (query.dim(1)?, key.dim(1)?);
         let window = c.layers[layer].sliding_window.unwrap_or(usize::MAX);
-        if c.attention_softcap.is_none() && c.alibi_max_bias.is_none() {
+        if c.plain_scores() {
             let scale = f64::from(c.attention_scale);
             let plain = |x: &Tensor| x.contiguous();
             let (query, key, value) = (plain(query)?, plain(key)?, plain(value)?);

@@ -5,7 +5,7 @@
 //! definition answers questions (packed weights, fused kernels) and learns (dense weights,
 //! gradients); what attention sees is decided by the caller's [`Attend`].
 
-use crate::attention::Attend;
+use crate::attention::{Attend, KeptTables};
 use crate::config::{Activation, ModelConfig};
 use crate::model::parameters::{Loader, Parameters, Projection};
 use crate::weights::WeightSource;
@@ -48,6 +48,7 @@ pub struct Decoder {
     norm: RmsNorm,
     head: Linear,
     device: Device,
+    kept_tables: KeptTables,
 }
 
 impl Decoder {
@@ -175,6 +176,7 @@ impl Decoder {
             norm,
             head,
             device: device.clone(),
+            kept_tables: KeptTables::new(2),
         })
     }
 
@@ -186,6 +188,11 @@ impl Decoder {
     /// Where the weights live.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Rotary tables of the batches that a training read last.
+    pub(super) fn kept_tables(&self) -> &KeptTables {
+        &self.kept_tables
     }
 
     /// Bytes of weights that one token's pass reads.

@@ -64,7 +64,8 @@ impl LanguageModel for Decoder {
 
     fn block(&self, index: usize, x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
         let config = self.config();
-        let mut attend = CausalAttention::packed(config, lengths, None, x.dtype(), self.device())?;
+        let (device, kept) = (self.device(), self.kept_tables());
+        let mut attend = CausalAttention::remembering(config, lengths, x.dtype(), device, kept)?;
         self.layer(index, x, &mut attend)
     }
 
