@@ -96,8 +96,7 @@ impl Heads {
             float: Some(sign),
             ..Launch::elements(name, count, &ints)
         };
-        let out = vec![(shape.into(), false)];
-        Ok(Some(gpu::run(launch, &[x, cos, sin], out)?.remove(0)))
+        gpu::one(launch, &[x, cos, sin], shape).map(Some)
     }
 
     fn split(&self, x: &Tensor) -> Result<Tensor> {

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use longspan_kernels::autograd::softplus;
 use longspan_kernels::causal::causal_attention;
-use longspan_kernels::composed::{composing, rows};
+use longspan_kernels::composed::{Kept, composing, rows};
 use longspan_kernels::fftconv::fft_conv;
 use longspan_kernels::heads::{join_heads, split_heads};
 use longspan_kernels::learn::{depthwise_conv, rms_norm, silu_gate, softmax};
@@ -105,6 +105,24 @@ fn agree(what: &str, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> Result<Vec<Tens
             }
         }
     }
+}
+
+#[test]
+fn the_last_tables_are_kept() {
+    static KEPT: Kept<usize, usize> = Kept::new(2);
+    let made = std::cell::Cell::new(0);
+    let get = |key: usize| {
+        let make = || {
+            made.set(made.get() + 1);
+            Ok(10 * key)
+        };
+        assert_eq!(KEPT.get(key, make).unwrap(), 10 * key);
+        made.get()
+    };
+    assert_eq!([get(1), get(1), get(2), get(1)], [1, 1, 2, 2]);
+    // The third pushes the oldest out.
+    assert_eq!([get(3), get(2), get(3), get(1)], [3, 3, 3, 4]);
+    assert!(KEPT.get(9, || candle_core::bail!("no")).is_err());
 }
 
 /// Heads out of activations and back, element by element, and their gradients, which are the way back.

@@ -9,8 +9,8 @@ use std::fmt::Write;
 /// What every page of this program looks like.
 pub const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#111;background:#fff}\
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #ddd}h3{font-size:1rem;margin-bottom:.3rem}\
-table{border-collapse:collapse;margin:.6rem 0}th,td{border:1px solid #ddd;padding:.25rem .6rem;text-align:left;vertical-align:top}td:first-child{min-width:8em}th{background:#f5f5f5}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}\
-svg{max-width:100%;height:auto;font-family:inherit}.maps{display:flex;flex-wrap:wrap;gap:1.5rem}.legend{margin:.2rem 0}.key{margin-right:1.2rem;white-space:nowrap}.key i{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}\
+table{border-collapse:collapse;margin:.6rem 0}th,td{border:1px solid #ddd;padding:.25rem .6rem;text-align:left;vertical-align:top}td:first-child{min-width:8em}td,.legend{overflow-wrap:anywhere}td.n,th{overflow-wrap:normal}th{background:#f5f5f5}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}\
+svg{max-width:100%;height:auto;font-family:inherit}.maps{display:flex;flex-wrap:wrap;gap:1.5rem}.legend{margin:.2rem 0}.key{margin-right:1.2rem}.key i{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}\
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f7f7f7;padding:.5rem;margin:.2rem 0}details{margin:.3rem 0}summary{cursor:pointer}.dim{color:#555}";
 
 pub(super) fn render(report: &Report) -> String {

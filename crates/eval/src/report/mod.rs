@@ -15,13 +15,16 @@ use crate::registry::Registry;
 use crate::score::{CellScore, CostSummary, score_run};
 use crate::task::Prediction;
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// Grows when the JSON changes.
 pub const SCHEMA: u32 = 1;
 /// Wrong samples shown.
 const FAILURES: usize = 20;
+
+/// Characters of a policy from which on tables give it a shorter name.
+const NAME: usize = 40;
 
 /// A cell as reports show it.
 #[derive(Clone, Debug, Serialize)]
@@ -37,12 +40,15 @@ pub struct ReportCell {
     pub higher_is_better: bool,
     /// Where the stored replies are, one a line, by sample id.
     pub predictions: PathBuf,
+    /// The policy as tables name it.
+    #[serde(skip)]
+    shown: String,
 }
 
 impl ReportCell {
     /// Model and policy.
     pub fn series(&self) -> String {
-        match self.score.cell.policy.as_str() {
+        match self.shown.as_str() {
             "-" => self.score.cell.model.clone(),
             policy => format!("{} / {policy}", self.score.cell.model),
         }
@@ -94,22 +100,33 @@ impl Report {
             effective: Vec::new(),
             failures: Vec::new(),
         };
+        let mut origins = Vec::new();
         for folder in folders {
             report.runs.push(folder.config()?);
             for (score, cost) in score_run(folder, registry)? {
                 let task = registry.task(&score.cell.task)?;
                 let meta = task.meta();
-                let cell = ReportCell {
+                origins.push((folder, meta.best));
+                report.cells.push(ReportCell {
+                    shown: String::new(),
                     cost,
                     unit: meta.unit.name(),
                     higher_is_better: meta.higher_is_better,
                     predictions: folder.predictions_path(&score.cell),
                     score,
-                };
-                if meta.higher_is_better && report.failures.len() < FAILURES {
-                    report.failures(folder, &cell, meta.best)?;
-                }
-                report.cells.push(cell);
+                });
+            }
+        }
+        let names = report.policy_names();
+        for cell in &mut report.cells {
+            let policy = &cell.score.cell.policy;
+            cell.shown = names.get(policy).unwrap_or(policy).clone();
+        }
+        for (index, (folder, best)) in origins.into_iter().enumerate() {
+            let cell = &report.cells[index];
+            if cell.higher_is_better && report.failures.len() < FAILURES {
+                let found = failures(folder, cell, best, FAILURES - report.failures.len())?;
+                report.failures.extend(found);
             }
         }
         for cell in &report.cells {
@@ -128,25 +145,9 @@ impl Report {
         Ok(report)
     }
 
-    fn failures(&mut self, folder: &RunFolder, cell: &ReportCell, best: f64) -> Result<()> {
-        let rows = folder.predictions(&cell.score.cell)?;
-        let scores: HashMap<&str, _> = cell.score.rows.iter().map(|s| (s.id.as_str(), s)).collect();
-        for row in rows {
-            let Some(score) = scores.get(row.id.as_str()) else {
-                continue;
-            };
-            if score.value < best && self.failures.len() < FAILURES {
-                self.failures.push(Failure {
-                    task: cell.score.cell.task.clone(),
-                    length: cell.score.cell.length,
-                    series: cell.series(),
-                    value: score.value,
-                    extracted: score.extracted.clone(),
-                    row,
-                });
-            }
-        }
-        Ok(())
+    fn policy_names(&self) -> BTreeMap<String, String> {
+        let policies = self.cells.iter().map(|c| c.score.cell.policy.as_str());
+        short_names(&distinct(policies))
     }
 
     /// Tasks in order of appearance.
@@ -204,8 +205,54 @@ impl Report {
                 add("task versions", format!("{} v{}", cell.task, cell.version));
             }
         }
+        for (policy, name) in self.policy_names() {
+            add("policies", format!("{name} = {policy}"));
+        }
         all
     }
+}
+
+/// Short names of policies whose parameters would not fit a table: without those that all of a kind share.
+fn short_names(policies: &[&str]) -> BTreeMap<String, String> {
+    let long = || policies.iter().filter(|policy| policy.len() > NAME);
+    let parts = |policy: &str| -> (String, Vec<String>) {
+        let (kind, parameters) = policy.split_once(':').unwrap_or((policy, ""));
+        let parameters = parameters.split(',').map(String::from);
+        (kind.into(), parameters.collect())
+    };
+    let names = long().map(|policy| {
+        let (kind, own) = parts(policy);
+        let alike: Vec<_> = long()
+            .map(|p| parts(p))
+            .filter(|(k, _)| *k == kind)
+            .collect();
+        let shared = |p: &String| alike.iter().all(|(_, parameters)| parameters.contains(p));
+        let told: Vec<String> = own.into_iter().filter(|p| !shared(p)).collect();
+        let name = match told.is_empty() {
+            true => kind,
+            false => format!("{kind}:{}", told.join(",")),
+        };
+        (policy.to_string(), name)
+    });
+    names.collect()
+}
+
+/// The first `most` wrong samples of a cell.
+fn failures(folder: &RunFolder, cell: &ReportCell, best: f64, most: usize) -> Result<Vec<Failure>> {
+    let rows = folder.predictions(&cell.score.cell)?;
+    let scores: HashMap<&str, _> = cell.score.rows.iter().map(|s| (s.id.as_str(), s)).collect();
+    let wrong = rows.into_iter().filter_map(|row| {
+        let score = scores.get(row.id.as_str())?;
+        (score.value < best).then(|| Failure {
+            task: cell.score.cell.task.clone(),
+            length: cell.score.cell.length,
+            series: cell.series(),
+            value: score.value,
+            extracted: score.extracted.clone(),
+            row,
+        })
+    });
+    Ok(wrong.take(most).collect())
 }
 
 /// Values in order of first appearance.
@@ -294,6 +341,19 @@ pub fn stamp(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_policies_are_told_apart_by_what_differs() {
+        let all = "block=64,chunk=2048,decay=0.1,evict=lru,max_cached=32";
+        let of = |n: usize| format!("infllm:{all},n_local={n}");
+        let (a, b) = (of(512), of(4096));
+        let names = short_names(&[&a, "full", "window:size=512"]);
+        assert_eq!(names.len(), 1);
+        assert_eq!(names[&a], "infllm");
+        let names = short_names(&[&a, &b]);
+        assert_eq!(names[&a], "infllm:n_local=512");
+        assert_eq!(names[&b], "infllm:n_local=4096");
+    }
 
     #[test]
     fn figures_for_people() {

@@ -64,6 +64,11 @@ pub(crate) fn fits(tensors: &[&Tensor]) -> bool {
         })
 }
 
+/// Runs a kernel with one output of the inputs' type.
+pub(crate) fn one(launch: Launch, inputs: &[&Tensor], shape: impl Into<Shape>) -> Result<Tensor> {
+    Ok(run(launch, inputs, vec![(shape.into(), false)])?.remove(0))
+}
+
 /// Σ over all axes but the last, in f32: x [.., width] to [width].
 pub(crate) fn sum_rows(x: &Tensor) -> Result<Tensor> {
     let width = x.dims().last().copied().unwrap_or(1);

@@ -28,8 +28,7 @@ impl Composed for RmsNormComposed {
         if gpu::fits(&[&x[0], &x[1]]) {
             let (rows, width) = rows_of(&x[0])?;
             let launch = Launch::rows("rms_norm", rows, &[width], self.eps);
-            let out = vec![(x[0].shape().clone(), false)];
-            return Ok(gpu::run(launch, &[&x[0], &x[1]], out)?.remove(0));
+            return gpu::one(launch, &[&x[0], &x[1]], x[0].shape());
         }
         let (wide, scale) = self.scale(&x[0])?;
         wide.broadcast_mul(&scale)?
@@ -129,13 +128,13 @@ impl Seen {
     /// softmax(scale x) of what is seen, 0 elsewhere, by a kernel on a GPU: x [.., keys] to the same.
     pub(crate) fn soften(&self, x: &Tensor, scale: f64) -> Result<Tensor> {
         let launch = self.launch("soften", x, scale);
-        Ok(gpu::run(launch, &[x], vec![(x.shape().clone(), false)])?.remove(0))
+        gpu::one(launch, &[x], x.shape())
     }
 
     /// The gradient of [`soften`](Self::soften)'s x, given its y and that one's gradient.
     pub(crate) fn pull(&self, y: &Tensor, gradient: &Tensor, scale: f64) -> Result<Tensor> {
         let launch = self.launch("pull", y, scale);
-        Ok(gpu::run(launch, &[y, gradient], vec![(y.shape().clone(), false)])?.remove(0))
+        gpu::one(launch, &[y, gradient], y.shape())
     }
 }
 
@@ -158,7 +157,7 @@ impl Composed for SiluGateComposed {
             let name = if x.len() > 1 { "silu_gate" } else { "silu" };
             let count = x[0].elem_count();
             let launch = Launch::elements(name, count, &[count]);
-            return Ok(gpu::run(launch, &inputs, vec![(x[0].shape().clone(), false)])?.remove(0));
+            return gpu::one(launch, &inputs, x[0].shape());
         }
         match x.get(1) {
             Some(up) => x[0].silu()? * up,
@@ -211,8 +210,7 @@ impl Composed for DepthwiseComposed {
             };
             let count = batch * length * width;
             let launch = Launch::elements(name, count, &[count, length, width, self.taps]);
-            let out = vec![((batch, length, width).into(), false)];
-            return Ok(gpu::run(launch, &inputs, out)?.remove(0));
+            return gpu::one(launch, &inputs, (batch, length, width));
         }
         let weight = x[1].t()?.contiguous()?; // [taps, width]
         let mut out: Option<Tensor> = None;
@@ -237,11 +235,7 @@ impl Composed for DepthwiseComposed {
         if gpu::fits(&[&x[0], &x[1], gradient]) && taps <= TAPS {
             let count = x[0].elem_count();
             let launch = Launch::elements("depthwise_back", count, &[count, length, width, taps]);
-            let mut out = gpu::run(
-                launch,
-                &[&x[1], gradient],
-                vec![(x[0].shape().clone(), false)],
-            )?;
+            let mut out = vec![gpu::one(launch, &[&x[1], gradient], x[0].shape())?];
             let rows = batch * length;
             let of_block = rows.div_ceil(256).max(64);
             let blocks = rows.div_ceil(of_block);

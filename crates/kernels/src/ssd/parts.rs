@@ -22,7 +22,7 @@ impl Composed for ScaleRows {
         if gpu::fits(&[x, factor]) {
             let (count, width) = (x.elem_count(), x.dim(D::Minus1)?);
             let launch = Launch::elements("scale_rows", count, &[count, width]);
-            return Ok(gpu::run(launch, &[x, factor], vec![(x.shape().clone(), false)])?.remove(0));
+            return gpu::one(launch, &[x, factor], x.shape());
         }
         x.broadcast_mul(&factor.unsqueeze(D::Minus1)?)
     }
@@ -83,8 +83,7 @@ impl Composed for Decayed {
         if Decayed::fits(sums, &[scores]) {
             let count = heads * q * q;
             let launch = Launch::elements("decayed", count, &[count, q, self.share]);
-            let out = vec![((heads, q, q).into(), false)];
-            return Ok(gpu::run(launch, &[scores, sums], out)?.remove(0));
+            return gpu::one(launch, &[scores, sums], (heads, q, q));
         }
         self.decay(sums, scores)?
             .broadcast_mul(&scores.unsqueeze(1)?)?
@@ -103,8 +102,7 @@ impl Composed for Decayed {
             let mut out = gpu::run(launch, &[y, gradient], grad_sums)?;
             let count = scores.elem_count();
             let launch = Launch::elements("decayed_scores", count, &[count, q, self.share]);
-            let grad_scores = vec![(scores.shape().clone(), false)];
-            out.extend(gpu::run(launch, &[gradient, sums], grad_scores)?);
+            out.push(gpu::one(launch, &[gradient, sums], scores.shape())?);
             return Ok(out);
         }
         let flow = (y * gradient)?.to_dtype(sums.dtype())?;
