@@ -60,13 +60,7 @@ impl<'a> CausalAttention<'a> {
         let tables = kept.get((lengths.to_vec(), dtype), || {
             restarting_tables(&ropes, lengths, None, dtype, device)
         })?;
-        Ok(CausalAttention {
-            config,
-            ropes,
-            lengths: lengths.to_vec(),
-            tables,
-            cache: None,
-        })
+        Ok(Self::of_documents(config, ropes, lengths, tables))
     }
 
     /// Attention over packed documents of these lengths, positions restarting in each
@@ -80,13 +74,22 @@ impl<'a> CausalAttention<'a> {
     ) -> Result<Self> {
         let ropes = LayerRopes::new(config).map_err(candle_core::Error::wrap)?;
         let tables = restarting_tables(&ropes, lengths, positions, dtype, device)?;
-        Ok(CausalAttention {
+        Ok(Self::of_documents(config, ropes, lengths, tables))
+    }
+
+    fn of_documents(
+        config: &'a ModelConfig,
+        ropes: LayerRopes,
+        lengths: &[usize],
+        tables: Tables,
+    ) -> Self {
+        CausalAttention {
             config,
             ropes,
             lengths: lengths.to_vec(),
             tables,
             cache: None,
-        })
+        }
     }
 
     /// Attention of `tokens` new tokens of one sequence over a growing cache of candle tensors.
