@@ -1,7 +1,7 @@
 //! Kernels of our own for training on a GPU, where a profile showed that compositions lose: each does in one pass over its
 //! tensors what takes five to ten operations composed. The compositions stay, for other types and as their twins.
 //!
-//! The source is compiled when the first kernel is asked for, by the driver's own compiler (NVRTC).
+//! The source is compiled when the first kernel is asked for, by NVIDIA's run-time compiler (NVRTC).
 
 use candle_core::{Result, Shape, Tensor};
 

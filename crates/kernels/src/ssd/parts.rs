@@ -1,4 +1,4 @@
-//! Two parts of the composed scan whose own gradients cost a tenth of those that a graph of broadcasts takes.
+//! Two parts of the composed scan with gradients of their own: a graph of broadcasts would read and write them many times.
 
 use super::lower;
 use crate::composed::{Composed, node};
