@@ -331,3 +331,51 @@ fn long_convolutions_and_their_kernels() {
         });
     }
 }
+
+/// Every size of the GPU's own transform, kernels shorter and longer than the sequence, pairs of rows for a block of their own
+/// and several for one, and a sequence that is too long for a block.
+#[test]
+fn long_convolutions_on_a_gpu() {
+    let Some(gpu) = gpu() else { return };
+    for (batch, channels, length, taps, reverse) in [
+        (1, 2, 1, 1, None),
+        (3, 2, 7, 7, None),
+        (2, 3, 7, 9, Some(7)),
+        (1, 2, 300, 300, None),
+        (3, 2, 1000, 100, None),
+        (2, 3, 1000, 1000, Some(1000)),
+        (4, 3, 1024, 1024, None),
+        (4, 600, 1024, 256, None),
+        (3, 2, 2048, 2048, Some(3)),
+        (5, 2, 4096, 4096, None),
+        (2, 2, 4096, 5000, Some(4096)),
+        (3, 2, 8192, 8192, None),
+        (1, 2, 8192, 513, Some(8192)),
+        (1, 1, 16000, 300, None),
+        (2, 1, 8193, 8193, None),
+    ] {
+        let mut inputs = vec![t(&[batch, channels, length], 1), t(&[channels, taps], 2)];
+        inputs.extend(reverse.map(|taps| t(&[channels, taps], 3)));
+        // The last is composed, and in bf16 as coarse as bf16's spectra.
+        let kinds: &[_] = match length {
+            8193 => &[(DType::F32, 1e-4)],
+            _ => &[(DType::F32, 3e-6), (DType::BF16, 1e-2)],
+        };
+        for &(dtype, bound) in kinds {
+            let of = |to: DType| -> Vec<Tensor> {
+                let typed = inputs.iter().map(|x| x.to_dtype(dtype)?.to_dtype(to));
+                typed.collect::<Result<_>>().unwrap()
+            };
+            let f = |x: &[Tensor]| Ok(vec![fft_conv(&x[0], &x[1], x.get(2))?]);
+            let wanted = evaluate(&of(DType::F64), &Device::Cpu, &f).unwrap();
+            let found = evaluate(&of(dtype), &gpu, &f).unwrap();
+            let what = format!("{dtype:?}, {batch} {channels} {length} {taps} {reverse:?}");
+            near(&found.0[0], &wanted.0[0], bound, &what);
+            for (index, (a, b)) in found.1.iter().zip(&wanted.1).enumerate() {
+                let what = format!("{what}, gradient {index}");
+                let (a, b) = (a.as_ref().expect(&what), b.as_ref().expect(&what));
+                near(a, b, bound, &what);
+            }
+        }
+    }
+}

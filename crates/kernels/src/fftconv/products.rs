@@ -1,8 +1,10 @@
-//! The long convolution where there is no transform of our own: the Fourier transform of N = N1 N2 points as products with
-//! the transforms of N1 and of N2 points and a table between them (Cooley and Tukey's four steps), so O(L^1.5) work and O(L)
-//! memory per channel. Spectra stay in the order the products give; the way back reads the same order.
+//! The long convolution where the CPU's transform does not reach: on a GPU by transforms of our own where they fit
+//! ([`crate::gpu::fft`]), else composed, the Fourier transform of N = N1 N2 points as products with the transforms of N1 and of
+//! N2 points and a table between them (Cooley and Tukey's four steps), so O(L^1.5) work and O(L) memory per channel. Spectra
+//! stay in the order the products give; the way back reads the same order.
 
 use crate::composed::{Composed, Kept};
+use crate::gpu::{self, fft::Fft};
 use candle_core::{DType, Device, DeviceLocation, Result, Tensor};
 use std::f64::consts::TAU;
 
@@ -214,6 +216,9 @@ impl Composed for Conv {
     }
 
     fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        if let Some(fft) = Fft::of(x)? {
+            return fft.forward(x);
+        }
         let sizes = Sizes::of(x)?;
         let plan = sizes.plan(&x[0])?;
         let kernel = sizes.kernel(x, &plan)?;
@@ -222,6 +227,11 @@ impl Composed for Conv {
     }
 
     fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        if let Some(fft) = Fft::of(x)?
+            && gpu::fits(&[&x[0], gradient])
+        {
+            return fft.backward(x, gradient);
+        }
         let sizes = Sizes::of(x)?;
         let plan = sizes.plan(&x[0])?;
         let kernel = sizes.kernel(x, &plan)?;

@@ -1,17 +1,6 @@
 // Kernels of the training path on a GPU, compiled when the first of them is asked for. Rows are those of row-major arrays;
 // sums are made in f32 whatever the elements are, in an order that depends on sizes alone.
 
-typedef unsigned short bf16;
-
-__device__ inline float get(const float *p, size_t i) { return p[i]; }
-__device__ inline float get(const bf16 *p, size_t i) { return __uint_as_float((unsigned)p[i] << 16); }
-__device__ inline void put(float *p, size_t i, float x) { p[i] = x; }
-__device__ inline void put(bf16 *p, size_t i, float x) {
-    unsigned bits = __float_as_uint(x);
-    // To nearest, ties to even; what is not a number stays so.
-    p[i] = x == x ? (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : (bf16)0x7fc0;
-}
-
 // The sum of `x` over the threads of a block (a multiple of 32, at most 1,024), for all of them.
 __device__ inline float block_sum(float x) {
     __shared__ float warps[33];

@@ -1,9 +1,21 @@
 //! Kernels of our own for training on a GPU, where a profile showed that compositions lose: each does in one pass over its
 //! tensors what takes five to ten operations composed. The compositions stay, for other types and as their twins.
 //!
-//! The source is compiled when the first kernel is asked for, by NVIDIA's run-time compiler (NVRTC).
+//! A source is compiled when the first of its kernels is asked for, by NVIDIA's run-time compiler (NVRTC).
 
 use candle_core::{Result, Shape, Tensor};
+
+pub(crate) mod fft;
+
+/// Kernels that are compiled together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) enum Module {
+    /// Those of `kernels.cu`.
+    Plain,
+    /// Those of `fft.cu` for transforms of 2^log points, and for tensors of bf16 (else f32).
+    Fft { log: u32, narrow: bool },
+}
 
 /// What is written: shape, and whether it is f32 (else of the inputs' type).
 pub(crate) type Output = (Shape, bool);
@@ -95,12 +107,28 @@ pub(crate) fn sum_rows(x: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// Runs a kernel of `kernels.cu`: addresses of inputs, of outputs, integers, the float.
+pub(crate) fn run(launch: Launch, inputs: &[&Tensor], outputs: Vec<Output>) -> Result<Vec<Tensor>> {
+    run_of(Module::Plain, launch, inputs, outputs)
+}
+
 #[cfg(feature = "cuda")]
-pub(crate) use device::{run, take_over};
+pub(crate) use device::{has_shared, run_of, take_over};
+
+/// Whether blocks on this tensor's GPU can have so many bytes of shared memory.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn has_shared(_: &Tensor, _: usize) -> bool {
+    false
+}
 
 /// Without the feature no tensor [`fits`].
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn run(launch: Launch, _: &[&Tensor], _: Vec<Output>) -> Result<Vec<Tensor>> {
+pub(crate) fn run_of(
+    _: Module,
+    launch: Launch,
+    _: &[&Tensor],
+    _: Vec<Output>,
+) -> Result<Vec<Tensor>> {
     candle_core::bail!(
         "{}: this program was built without the feature cuda",
         launch.name
@@ -118,8 +146,11 @@ pub(crate) fn take_over(
 
 #[cfg(feature = "cuda")]
 mod device {
-    use super::{Launch, Output};
+    use super::{Launch, Module, Output};
     use candle_core::backend::{BackendDevice, BackendStorage};
+    use candle_core::cuda_backend::cudarc::driver::sys::{
+        CUdevice_attribute, CUfunction_attribute,
+    };
     use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
     use candle_core::cuda_backend::cudarc::nvrtc::compile_ptx;
     use candle_core::op::BackpropOp;
@@ -127,18 +158,55 @@ mod device {
         CpuStorage, CudaStorage, DType, Error, InplaceOp1, Layout, Result, Shape, Storage, Tensor,
         bail,
     };
-    use std::sync::{Mutex, OnceLock};
+    use std::sync::{Arc, Mutex};
 
-    fn code() -> Result<&'static str> {
-        static CODE: OnceLock<std::result::Result<String, String>> = OnceLock::new();
-        let made = CODE.get_or_init(|| {
-            let code = compile_ptx(include_str!("kernels.cu"));
-            code.map(|code| code.to_src()).map_err(|e| e.to_string())
-        });
-        match made {
-            Ok(code) => Ok(code),
-            Err(error) => bail!("the GPU's kernels do not compile: {error}"),
+    /// What a block has of shared memory without being asked to.
+    const SHARED: usize = 48 << 10;
+
+    fn code(module: Module) -> Result<Arc<str>> {
+        type Code = std::result::Result<Arc<str>, String>;
+        static MADE: Mutex<Vec<(Module, Code)>> = Mutex::new(Vec::new());
+        let mut made = MADE.lock().unwrap_or_else(|e| e.into_inner());
+        let found = made.iter().find(|(m, _)| *m == module);
+        let code = match found.map(|(_, code)| code.clone()) {
+            Some(code) => code,
+            None => {
+                let code = compile_ptx(source(module));
+                let code = code.map(|code| code.to_src().into());
+                let code = code.map_err(|e| e.to_string());
+                made.push((module, code.clone()));
+                code
+            }
+        };
+        code.or_else(|error| bail!("the GPU's kernels do not compile: {error}"))
+    }
+
+    fn source(module: Module) -> String {
+        let elements = include_str!("elements.cu");
+        match module {
+            Module::Plain => format!("{elements}{}", include_str!("kernels.cu")),
+            Module::Fft { log, narrow } => {
+                let (element, kind) = if narrow {
+                    ("bf16", "bf16")
+                } else {
+                    ("float", "f32")
+                };
+                format!(
+                    "#define LOG {log}\n#define ELEMENT {element}\n#define KIND {kind}\n{elements}{}",
+                    include_str!("fft.cu")
+                )
+            }
         }
+    }
+
+    /// As the stand-in above says.
+    pub(crate) fn has_shared(x: &Tensor, bytes: usize) -> bool {
+        let most = x.device().as_cuda_device().ok().and_then(|device| {
+            let stream = device.cuda_stream();
+            let what = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+            stream.context().attribute(what).ok()
+        });
+        most.is_some_and(|most| bytes as i64 <= i64::from(most))
     }
 
     /// Where a tensor's elements begin. Uses of it stay in the order of the one stream that all of the program shares.
@@ -158,8 +226,9 @@ mod device {
             })
     }
 
-    /// Runs a kernel: addresses of inputs, of outputs, integers, the float.
-    pub(crate) fn run(
+    /// Runs a kernel of a module, as [`super::run`].
+    pub(crate) fn run_of(
+        module: Module,
         launch: Launch,
         inputs: &[&Tensor],
         outputs: Vec<Output>,
@@ -186,7 +255,13 @@ mod device {
         }
         let kind = if dtype == DType::BF16 { "bf16" } else { "f32" };
         let name = format!("{}_{kind}", launch.name);
-        let function = device.get_or_load_custom_func(&name, "longspan", code()?)?;
+        let loaded = format!("longspan {module:?}");
+        let function = device.get_or_load_custom_func(&name, &loaded, &code(module)?)?;
+        if launch.shared > SHARED {
+            let what = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = launch.shared as i32;
+            function.set_attribute(what, bytes).map_err(Error::wrap)?;
+        }
         let ints: Vec<u32> = launch
             .ints
             .iter()
