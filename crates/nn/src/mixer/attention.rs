@@ -5,6 +5,7 @@ use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear, softmax};
 use crate::params::{Init, Params};
 use crate::position::alibi;
 use candle_core::{DType, Result, Tensor, bail};
+use longspan_kernels::causal::causal_attention;
 use serde::{Deserialize, Serialize};
 
 /// Where attention learns positions from.
@@ -142,7 +143,7 @@ impl AttentionMixer {
         })
     }
 
-    /// What is added to the logits: [1, heads or 1, queries, keys]; queries are the last of the keys' positions. Made
+    /// What T5 and ALiBi add to the logits: [1, heads, queries, keys]; queries are the last of the keys' positions. Made
     /// where the logits are: on a GPU a table from the host would take longer than the attention.
     fn logit_bias(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
         let (device, past) = (like.device(), keys - queries);
@@ -153,12 +154,6 @@ impl AttentionMixer {
         let distance = rows.broadcast_sub(&places(keys)?.reshape((1, keys))?)?;
         let behind = distance.relu()?;
         let seen = match (&self.config.position, &self.bias) {
-            (Position::Alibi, _) => {
-                let slopes = alibi::slopes(self.config.heads);
-                let fall: Vec<f32> = slopes.iter().map(|&slope| -slope as f32).collect();
-                let fall = Tensor::from_vec(fall, (slopes.len(), 1, 1), device)?;
-                behind.unsqueeze(0)?.broadcast_mul(&fall)?
-            }
             (
                 &Position::T5Bias {
                     buckets,
@@ -174,13 +169,48 @@ impl AttentionMixer {
                     .t()?
                     .reshape((self.config.heads, queries, keys))?
             }
-            _ => Tensor::zeros((1, queries, keys), DType::F32, device)?,
+            _ => {
+                let slopes = alibi::slopes(self.config.heads);
+                let fall: Vec<f32> = slopes.iter().map(|&slope| -slope as f32).collect();
+                let fall = Tensor::from_vec(fall, (slopes.len(), 1, 1), device)?;
+                behind.unsqueeze(0)?.broadcast_mul(&fall)?
+            }
         };
         let shape = seen.shape();
         let never = Tensor::new(f32::NEG_INFINITY, device)?.to_dtype(seen.dtype())?;
         let hidden = distance.lt(0f32)?.broadcast_as(shape)?;
         let bias = hidden.where_cond(&never.broadcast_as(shape)?, &seen)?;
         bias.unsqueeze(0)?.to_dtype(like.dtype())
+    }
+
+    /// query [batch, heads, t, head_dim], key and value [batch, heads, s, head_dim] (the queries are the last t of the s
+    /// positions) to [batch, heads, t, head_dim].
+    fn attend(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (batch, heads, queries, d) = query.dims4()?;
+        let keys = key.dim(2)?;
+        let scale = match self.config.scaled {
+            true => (d as f64).powf(-0.5),
+            false => 1.0,
+        };
+        match self.config.position {
+            // Nothing but the mask is added, so that nothing quadratic need be kept.
+            Position::None | Position::Rotary { .. } => {
+                let flat = |x: &Tensor| x.contiguous()?.flatten(0, 1);
+                causal_attention(&flat(query)?, &flat(key)?, &flat(value)?, scale, usize::MAX)?
+                    .reshape((batch, heads, queries, d))
+            }
+            Position::T5Bias { .. } | Position::Alibi => {
+                let mut scores = query
+                    .contiguous()?
+                    .matmul(&key.transpose(2, 3)?.contiguous()?)?;
+                // Scores of a scale of 1 are spared a copy.
+                if self.config.scaled {
+                    scores = (scores * scale)?;
+                }
+                let scores = scores.broadcast_add(&self.logit_bias(queries, keys, query)?)?;
+                softmax(&scores)?.matmul(&value.contiguous()?)
+            }
+        }
     }
 
     /// x [batch, heads, tokens, head_dim] of positions from `start`, turned.
@@ -261,22 +291,14 @@ impl SequenceMixer for AttentionMixer {
             key = Tensor::cat(&[state.get("key")?, &key], 2)?;
             value = Tensor::cat(&[state.get("value")?, &value], 2)?;
         }
-        let keys = start + length;
-        let mut scores = query
-            .contiguous()?
-            .matmul(&key.transpose(2, 3)?.contiguous()?)?;
-        if self.config.scaled {
-            scores = (scores * (d as f64).powf(-0.5))?;
-        }
-        let scores = scores.broadcast_add(&self.logit_bias(length, keys, x)?)?;
-        let y = softmax(&scores)?
-            .matmul(&value.contiguous()?)?
+        let y = self
+            .attend(&query, &key, &value)?
             .transpose(1, 2)?
             .contiguous()?
             .reshape((batch, length, heads * d))?;
         let next = state.map(|_| MixerState {
             tensors: [("key".to_string(), key), ("value".to_string(), value)].into(),
-            position: keys,
+            position: start + length,
             plan: None,
         });
         Ok((linear(&y, &self.output, None)?, next))
@@ -297,5 +319,114 @@ impl SequenceMixer for AttentionMixer {
             position: 0,
             plan: None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::ParamStore;
+    use candle_core::{D, Device, Var};
+    use longspan_kernels::composed::composing;
+
+    const WIDTH: usize = 12;
+
+    fn values(length: usize, salt: usize) -> Tensor {
+        let values: Vec<f64> = (0..2 * length * WIDTH)
+            .map(|i| ((i * 7919 + salt * 104_729) % 1009) as f64 / 504.5 - 1.0)
+            .collect();
+        Tensor::from_vec(values, (2, length, WIDTH), &Device::Cpu).unwrap()
+    }
+
+    /// The layer with all its scores, of candle's operations.
+    fn plain(mixer: &AttentionMixer, x: &Tensor) -> Result<Tensor> {
+        let (batch, length, _) = x.dims3()?;
+        let (heads, d) = (mixer.config.heads, mixer.head_dim);
+        let split = |weight: &Tensor| {
+            x.broadcast_matmul(&weight.t()?)?
+                .reshape((batch, length, heads, d))?
+                .transpose(1, 2)?
+                .contiguous()
+        };
+        let query = mixer.rotate(&split(&mixer.query)?, 0)?;
+        let key = mixer.rotate(&split(&mixer.key)?, 0)?;
+        let mut scores = query.matmul(&key.transpose(2, 3)?.contiguous()?)?;
+        if mixer.config.scaled {
+            scores = (scores / (d as f64).sqrt())?;
+        }
+        let hidden: Vec<f64> = (0..length * length)
+            .map(|at| match at % length > at / length {
+                true => f64::NEG_INFINITY,
+                false => 0.0,
+            })
+            .collect();
+        let hidden = Tensor::from_vec(hidden, (length, length), x.device())?;
+        let weights = scores.broadcast_add(&hidden)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        weights
+            .matmul(&split(&mixer.value)?)?
+            .transpose(1, 2)?
+            .reshape((batch, length, heads * d))?
+            .broadcast_matmul(&mixer.output.t()?)
+    }
+
+    fn halves(mixer: &AttentionMixer, x: &Tensor, cut: usize) -> Result<Tensor> {
+        let length = x.dim(1)?;
+        let start = mixer.init_state(2)?;
+        let (first, state) = mixer.forward(&x.narrow(1, 0, cut)?, Some(&start))?;
+        let rest = x.narrow(1, cut, length - cut)?;
+        let (second, _) = mixer.forward(&rest, state.as_ref())?;
+        Tensor::cat(&[first, second], 1)
+    }
+
+    #[test]
+    fn values_and_gradients_are_those_of_all_scores() {
+        let rotary = Position::Rotary {
+            fraction: 0.7,
+            base: 100.0,
+        };
+        for (position, scaled) in [
+            (Position::None, true),
+            (Position::None, false),
+            (rotary.clone(), true),
+            (rotary, false),
+        ] {
+            let config = AttentionConfig {
+                heads: 2,
+                head_dim: Some(7),
+                position,
+                scaled,
+            };
+            // Longer than a block of queries.
+            let length = 150;
+            let store = ParamStore::new(7, DType::F64, &Device::Cpu);
+            let mixer = AttentionMixer::new(&config, WIDTH, &store.root(), &store.root()).unwrap();
+            let x = Var::from_tensor(&values(length, 1)).unwrap();
+            let all = |y: Result<Tensor>| {
+                let y = y.unwrap();
+                let loss = (&y * values(length, 2)).unwrap().sum_all().unwrap();
+                let gradients = loss.backward().unwrap();
+                let mut found = vec![("y".to_string(), y.detach())];
+                let gradient = |var: &Var| gradients.get(var.as_tensor()).unwrap().clone();
+                found.push(("x".to_string(), gradient(&x)));
+                let params = store.list().into_iter();
+                found.extend(params.map(|(name, param)| (name, gradient(&param.var))));
+                found
+            };
+            let expected = all(plain(&mixer, &x));
+            assert_eq!(expected.len(), 6);
+            let fused = || all(mixer.forward(&x, None).map(|(y, _)| y));
+            let forms = [fused(), composing(fused), all(halves(&mixer, &x, 70))];
+            for (form, found) in forms.iter().enumerate() {
+                for ((name, a), (_, b)) in expected.iter().zip(found) {
+                    let largest = |t: &Tensor| {
+                        let t = t.abs().unwrap().flatten_all().unwrap();
+                        t.max_all().unwrap().to_scalar::<f64>().unwrap()
+                    };
+                    let error = largest(&(a - b).unwrap()) / largest(a);
+                    assert!(error < 1e-11, "{config:?}, form {form}: {name}: {error}");
+                }
+            }
+        }
     }
 }
