@@ -2,12 +2,14 @@
 
 use crate::attend::{LayerShape, Row, attend_rows};
 use crate::context::{Call, ContextConfig, ContextError, Positions};
+use crate::decode::logits::{argmax, log_sum_exp};
 use crate::kv::plane::TierFile;
 use crate::kv::{KvStore, Rows};
-use candle_core::{Device, Tensor};
+use candle_core::{D, Device, Tensor};
 use longspan_kernels::attention::{KvDtype, KvLayout};
 use longspan_kernels::cpu::Level;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
+use longspan_kernels::pool::{Pool, SharedMut};
 use longspan_nn::attention::{Attend, CausalAttention};
 use longspan_nn::model::{Network, Recurrent};
 use longspan_nn::position::{
@@ -98,15 +100,36 @@ pub struct Engine {
     alibi: Option<Vec<f32>>,
 }
 
-/// Which logits a forward pass returns.
+/// Tokens whose logits exist at a time when losses are asked.
+const LOSS_ROWS: usize = 128;
+
+/// Negative log-likelihoods of targets under logits [targets, vocab].
+fn losses_of(logits: &[f32], targets: &[u32]) -> Vec<f32> {
+    let vocab = logits.len() / targets.len().max(1);
+    let mut losses = vec![0f32; targets.len()];
+    let shared = SharedMut::new(&mut losses);
+    Pool::global().for_each(targets.len(), |row| {
+        let logits = &logits[row * vocab..(row + 1) * vocab];
+        let total = log_sum_exp(logits, logits[argmax(logits)]);
+        let loss = total - logits[targets[row] as usize];
+        // SAFETY: every job has an element of its own.
+        unsafe { *shared.at(row) = loss };
+    });
+    losses
+}
+
+/// What a forward pass returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Want {
+pub enum Want<'a> {
     /// None, only keys and values.
     Nothing,
     /// Of each row's last token: [rows, vocab].
     Last,
     /// Of every token: [tokens, vocab].
     All,
+    /// Instead of logits, the negative log-likelihood in nats that each token's logits give to the id in its place: [tokens].
+    /// Logits then exist for few tokens at a time.
+    Losses(&'a [u32]),
 }
 
 impl Engine {
@@ -374,7 +397,11 @@ impl Engine {
     }
 
     /// Runs the new tokens of several sequences through the model in one pass.
-    pub fn forward(&self, rows: &mut [(&mut Sequence, &[u32])], want: Want) -> Result<Vec<f32>> {
+    pub fn forward(
+        &self,
+        rows: &mut [(&mut Sequence, &[u32])],
+        want: Want<'_>,
+    ) -> Result<Vec<f32>> {
         if rows.iter().any(|(sequence, _)| sequence.broken) {
             return Err(EngineError::Refused(
                 "an earlier call on this sequence failed half-way; start it anew".into(),
@@ -384,6 +411,9 @@ impl Engine {
             .iter()
             .flat_map(|(_, tokens)| tokens.iter().copied())
             .collect();
+        if let Want::Losses(targets) = want {
+            self.check_targets(targets, ids.len())?;
+        }
         if ids.is_empty() {
             return Ok(Vec::new());
         }
@@ -427,6 +457,7 @@ impl Engine {
                 return Ok(last.collect::<Vec<_>>().concat());
             }
             Want::All => hidden,
+            Want::Losses(targets) => return self.losses(&hidden, targets),
             Want::Last => {
                 let mut end = 0;
                 let ends =
@@ -446,6 +477,41 @@ impl Engine {
     fn logits(&self, hidden: &Tensor) -> Result<Vec<f32>> {
         let logits = self.model.logits(hidden)?.to_device(&Device::Cpu)?;
         Ok(with_rows(&logits, <[f32]>::to_vec)?)
+    }
+
+    fn check_targets(&self, targets: &[u32], tokens: usize) -> Result<()> {
+        let vocab = self.model.config().vocab_size;
+        if targets.len() != tokens || targets.iter().any(|&id| id as usize >= vocab) {
+            return Err(EngineError::Refused(format!(
+                "found {} targets of {tokens} tokens, the largest {:?}; expected one below {vocab} for each",
+                targets.len(),
+                targets.iter().max()
+            )));
+        }
+        Ok(())
+    }
+
+    /// hidden [tokens, hidden] to the negative log-likelihood of each target: [tokens].
+    fn losses(&self, hidden: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        let mut all = Vec::with_capacity(targets.len());
+        for (index, targets) in targets.chunks(LOSS_ROWS).enumerate() {
+            let hidden = hidden.narrow(0, index * LOSS_ROWS, targets.len())?;
+            let logits = self.model.logits(&hidden)?;
+            let losses = match logits.device() {
+                Device::Cpu => with_rows(&logits, |logits| losses_of(logits, targets))?,
+                device => {
+                    let targets = Tensor::from_slice(targets, (targets.len(), 1), device)?;
+                    let top = logits.max_keepdim(D::Minus1)?;
+                    let sum = logits.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?;
+                    let total = (sum.log()? + top)?;
+                    (total - logits.gather(&targets, 1)?)?
+                        .squeeze(1)?
+                        .to_vec1::<f32>()?
+                }
+            };
+            all.extend(losses);
+        }
+        Ok(all)
     }
 
     /// Says that what was read is a fixed prefix, of which many questions will be asked: policies

@@ -149,6 +149,9 @@ fn answer(
     Ok(tokenizer.decode(&tokens))
 }
 
+/// Tokens read at once when their losses are asked.
+const PIECE: usize = 512;
+
 /// Loss of next tokens by position, averaged over texts: nats per token.
 pub fn loss(args: &Loss, common: &Common) -> Result<()> {
     if args.tokens < 2 || args.bucket == 0 || args.texts == 0 {
@@ -179,17 +182,14 @@ pub fn loss(args: &Loss, common: &Common) -> Result<()> {
         let tokens = [&start, *text].concat();
         let mut sequence = engine.sequence(&options, None)?;
         sequence.expect_length(tokens.len());
-        let vocab = engine.model().config().vocab_size;
         let mut position = 0;
-        // Short pieces: every one's logits are held.
-        for piece in tokens.chunks(256) {
-            let logits = engine.forward(&mut [(&mut sequence, piece)], Want::All)?;
-            for row in logits.chunks_exact(vocab) {
-                if let Some(&next) = tokens.get(position + 1) {
-                    sums[position / args.bucket] +=
-                        log_sum_exp(row) - f64::from(row[next as usize]);
-                    counts[position / args.bucket] += 1;
-                }
+        // The last token predicts nothing.
+        let targets = tokens[1..].chunks(PIECE);
+        for (piece, targets) in tokens[..tokens.len() - 1].chunks(PIECE).zip(targets) {
+            let losses = engine.forward(&mut [(&mut sequence, piece)], Want::Losses(targets))?;
+            for loss in losses {
+                sums[position / args.bucket] += f64::from(loss);
+                counts[position / args.bucket] += 1;
                 position += 1;
             }
             stop_here()?;
@@ -227,12 +227,6 @@ pub fn loss(args: &Loss, common: &Common) -> Result<()> {
         rope.map_or(String::new(), |rope| format!(" with {rope}"))
     );
     Ok(())
-}
-
-fn log_sum_exp(row: &[f32]) -> f64 {
-    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|&x| f64::from(x - top).exp()).sum();
-    f64::from(top) + sum.ln()
 }
 
 /// Asks for the first sentence of texts of each length, greedily, and scores the answer.

@@ -14,8 +14,8 @@ use crate::task::Protocol;
 use longspan_infer::engine::Want;
 use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
 
-/// Tokens whose logits are held at a time.
-pub const PIECE: usize = 128;
+/// Tokens read at a time.
+pub const PIECE: usize = 512;
 
 /// Negative log-likelihood in nats of each of `tokens`; None = not scored by the protocol. `bos`
 /// (none or one token) stands before every window, whose first token is then scored too. Under
@@ -34,7 +34,6 @@ pub fn nll(
 ) -> Result<Vec<Option<f32>>> {
     let mut all = vec![None; tokens.len()];
     let fail = |error: EngineError| EvalError::Target(error.to_string());
-    let vocab = engine.model().config().vocab_size;
     for window in windows(tokens.len(), protocol, bos.len())? {
         let (begin, end) = (window.begin, window.end);
         let first = end - window.take;
@@ -48,35 +47,26 @@ pub fn nll(
         // The last token predicts nothing that is scored.
         let input = &input[..input.len() - 1];
         for part in input.chunks(piece) {
-            // The row of input token i predicts the text's token begin + i + 1 - bos.
-            let last = begin + at + part.len() - bos.len();
-            let want = if window.take == 0 || last < first {
-                Want::Nothing
-            } else if last == first {
-                Want::Last
-            } else {
-                Want::All
+            // Input token i predicts the text's token begin + i + 1 - bos.
+            let next = begin + at + 1 - bos.len();
+            let targets = &tokens[next..next + part.len()];
+            let want = match window.take == 0 || next + part.len() <= first {
+                true => Want::Nothing,
+                false => Want::Losses(targets),
             };
-            let logits = engine
+            let losses = engine
                 .forward(&mut [(&mut sequence, part)], want)
                 .map_err(fail)?;
-            let offset = if want == Want::Last {
-                part.len() - 1
-            } else {
-                0
-            };
-            for (row, logits) in logits.chunks_exact(vocab).enumerate() {
-                let target = begin + at + offset + row + 1 - bos.len();
-                if target < first || target >= end {
+            for (target, loss) in (next..).zip(losses) {
+                if target < first {
                     continue;
                 }
-                let loss = log_sum_exp(logits) - logits[tokens[target] as usize] as f64;
                 if !loss.is_finite() {
                     return Err(EvalError::Target(format!(
                         "the likelihood of token {target} is {loss}"
                     )));
                 }
-                all[target] = Some(loss.max(0.0) as f32);
+                all[target] = Some(loss.max(0.0));
             }
             at += part.len();
             if !go_on(&sequence) {
@@ -85,11 +75,4 @@ pub fn nll(
         }
     }
     Ok(all)
-}
-
-/// ln Σ exp in f32 with the maximum taken out and the sum in f64.
-fn log_sum_exp(row: &[f32]) -> f64 {
-    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|&x| f64::from((x - top).exp())).sum();
-    f64::from(top) + sum.ln()
 }

@@ -11,7 +11,7 @@ impl Engine {
         &self,
         recurrent: &Recurrent,
         rows: &mut [(&mut Sequence, &[u32])],
-        want: Want,
+        want: Want<'_>,
     ) -> Result<Vec<f32>> {
         let model = recurrent.model();
         let together = |a: usize, b: usize| a == b && model.fixed_state();
@@ -40,7 +40,9 @@ impl Engine {
                 match want {
                     Want::Nothing => {}
                     Want::Last => wanted.push(hidden.narrow(0, (index + 1) * length - 1, 1)?),
-                    Want::All => wanted.push(hidden.narrow(0, index * length, length)?),
+                    Want::All | Want::Losses(_) => {
+                        wanted.push(hidden.narrow(0, index * length, length)?)
+                    }
                 }
             }
         }
@@ -49,7 +51,11 @@ impl Engine {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        self.logits(&Tensor::cat(&wanted, 0)?)
+        let hidden = Tensor::cat(&wanted, 0)?;
+        match want {
+            Want::Losses(targets) => self.losses(&hidden, targets),
+            _ => self.logits(&hidden),
+        }
     }
 }
 

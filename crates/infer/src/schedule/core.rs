@@ -547,7 +547,7 @@ impl<'e> Core<'e> {
         engine: &Engine,
         served: &[(u64, usize)],
         pieces: &[(u64, usize)],
-        want: Want,
+        want: Want<'_>,
         logits: &[f32],
     ) {
         let vocab = engine.model().config().vocab_size;
