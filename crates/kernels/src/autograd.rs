@@ -9,8 +9,9 @@ use candle_core::{
     WithDType, bail,
 };
 use rustfft::num_traits::Float;
+use std::any::Any;
 use std::cell::RefCell;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// f32 and f64.
 pub trait Real: WithDType + Float + rustfft::FftNum + std::iter::Sum + Default {
@@ -101,10 +102,30 @@ pub trait Kernel: Send + Sync + 'static {
     fn backward<T: Real>(&self, inputs: &[&[T]], output: &[T], gradient: &[T]) -> Vec<Vec<T>>;
 }
 
+/// What a kernel's forward pass keeps for its backward pass, beside inputs and output.
+#[derive(Default)]
+pub struct Saved(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl Saved {
+    /// Keeps these in place of what was kept.
+    pub fn put<T: Real>(&self, arrays: Vec<Vec<T>>) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(Box::new(arrays));
+    }
+
+    /// Hands over what was kept, in the type it was put in; none before the forward pass.
+    pub fn with<T: Real, R>(&self, work: impl FnOnce(&[Vec<T>]) -> R) -> R {
+        let kept = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        let arrays = kept
+            .as_ref()
+            .and_then(|kept| kept.downcast_ref::<Vec<Vec<T>>>());
+        work(arrays.map_or(&[], |arrays| &arrays[..]))
+    }
+}
+
 /// Runs a kernel as one differentiable operation. All inputs have one type, f32 or f64, and lie on the CPU.
 ///
-/// Candle's graph knows operations of up to three tensors: of four inputs and more the two largest stay as they are, and the
-/// others are joined to one.
+/// Candle's graph knows operations of up to three tensors: of four inputs and more the first two are tensors of the graph's
+/// operation, and the third is a number that carries the gradients of the others ([`Carrier`]).
 pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
     let name = kernel.name();
     for input in inputs {
@@ -117,50 +138,157 @@ pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
             );
         }
     }
-    let lengths: Vec<usize> = inputs.iter().map(|input| input.elem_count()).collect();
-    let mut order: Vec<usize> = (0..inputs.len()).collect();
-    if inputs.len() > 3 {
-        order.sort_by_key(|&index| std::cmp::Reverse(lengths[index]));
-        order[2..].sort_unstable();
-    }
-    let inputs: Vec<&Tensor> = order.iter().map(|&index| inputs[index]).collect();
-    let op = Op {
+    let inputs = inputs.iter().map(|input| input.contiguous());
+    let inputs = inputs.collect::<Result<Vec<_>>>()?;
+    let mut op = Op {
         kernel,
-        lengths,
-        order,
+        carried: Vec::new(),
+        gradients: Arc::default(),
     };
     match &inputs[..] {
         [] => bail!("{name}: no inputs"),
-        [a] => a.contiguous()?.apply_op1_arc(Arc::new(Box::new(op))),
-        [a, b] => {
-            let b = b.contiguous()?;
-            a.contiguous()?.apply_op2_arc(&b, Arc::new(Box::new(op)))
-        }
+        [a] => a.apply_op1_arc(Arc::new(Box::new(op))),
+        [a, b] => a.apply_op2_arc(b, Arc::new(Box::new(op))),
+        [a, b, c] => a.apply_op3_arc(b, c, Arc::new(Box::new(op))),
         [a, b, rest @ ..] => {
-            let rest = match rest {
-                [one] => one.contiguous()?,
-                many => {
-                    let flat = many.iter().map(|t| t.flatten_all());
-                    Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
-                }
-            };
-            let b = b.contiguous()?;
-            let op: Box<dyn CustomOp3 + Send + Sync> = Box::new(op);
-            a.contiguous()?.apply_op3_arc(&b, &rest, Arc::new(op))
+            op.carried = rest.iter().map(|t| (t.detach(), t.track_op())).collect();
+            let carrier = carry(rest, &op.gradients)?;
+            a.apply_op3_arc(b, &carrier, Arc::new(Box::new(op)))
         }
     }
 }
 
 struct Op<K> {
     kernel: K,
-    /// Elements of each input.
-    lengths: Vec<usize>,
-    /// Which input each array is; the third array holds that and all further ones.
-    order: Vec<usize>,
+    /// The third input and further ones, if there are more than three, and whether their gradients are asked.
+    carried: Vec<(Tensor, bool)>,
+    /// Their gradients, from the backward pass of this operation to those of its carriers.
+    gradients: Arc<Gradients>,
+}
+
+/// Gradients on their way, by input.
+type Gradients = Mutex<Vec<Option<Tensor>>>;
+
+/// A number that depends on up to three tensors in the graph alone. Its backward pass comes after that of the operation it
+/// is an input of, which has left the tensors' gradients.
+struct Carrier {
+    gradients: Arc<Gradients>,
+    /// Which of the gradients are those of its tensors.
+    places: std::ops::Range<usize>,
+}
+
+/// One number that stands for all these tensors.
+fn carry(tensors: &[Tensor], gradients: &Arc<Gradients>) -> Result<Tensor> {
+    let mut carriers = Vec::new();
+    for (at, tensors) in tensors.chunks(3).enumerate() {
+        let first = 3 * at;
+        let carrier = Carrier {
+            gradients: gradients.clone(),
+            places: first..first + tensors.len(),
+        };
+        carriers.push(match tensors {
+            [a] => a.apply_op1_arc(Arc::new(Box::new(carrier)))?,
+            [a, b] => a.apply_op2_arc(b, Arc::new(Box::new(carrier)))?,
+            [a, b, c] => a.apply_op3_arc(b, c, Arc::new(Box::new(carrier)))?,
+            _ => bail!("carry: found {} tensors, expected 1 to 3", tensors.len()),
+        });
+    }
+    let mut carriers = carriers.into_iter();
+    let first = carriers.next();
+    let first = first.ok_or_else(|| candle_core::Error::msg("carry: no tensors"))?;
+    carriers.try_fold(first, |sum, carrier| sum + carrier)
+}
+
+impl Carrier {
+    fn forward(storage: &CpuStorage) -> Result<(CpuStorage, Shape)> {
+        match storage {
+            CpuStorage::F64(_) => Ok((CpuStorage::F64(vec![0.0]), Shape::from(1))),
+            _ => Ok((CpuStorage::F32(vec![0.0]), Shape::from(1))),
+        }
+    }
+
+    fn take(&self) -> impl Iterator<Item = Option<Tensor>> {
+        let mut gradients = self.gradients.lock().unwrap_or_else(|e| e.into_inner());
+        let taken = gradients[self.places.clone()].iter_mut().map(Option::take);
+        taken.collect::<Vec<_>>().into_iter()
+    }
+}
+
+impl CustomOp1 for Carrier {
+    fn name(&self) -> &'static str {
+        "carrier"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Self::forward(s)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.take().next().flatten())
+    }
+}
+
+impl CustomOp2 for Carrier {
+    fn name(&self) -> &'static str {
+        "carrier"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::forward(s)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut parts = self.take();
+        let mut next = || parts.next().flatten();
+        Ok((next(), next()))
+    }
+}
+
+impl CustomOp3 for Carrier {
+    fn name(&self) -> &'static str {
+        "carrier"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::forward(s)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut parts = self.take();
+        let mut next = || parts.next().flatten();
+        Ok((next(), next(), next()))
+    }
 }
 
 /// A contiguous tensor's elements in place.
-fn read<'a, T: Real>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+fn read<'a, T: WithDType>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let values = storage.as_slice::<T>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&values[start..end]),
@@ -168,18 +296,33 @@ fn read<'a, T: Real>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Re
     }
 }
 
+/// [`read`] of a tensor that may lie elsewhere.
+pub(crate) fn on_cpu<'a, T: WithDType>(
+    name: &str,
+    storage: &'a Storage,
+    layout: &Layout,
+) -> Result<&'a [T]> {
+    match storage {
+        Storage::Cpu(storage) => read(name, storage, layout),
+        _ => bail!("{name}: a tensor is not on the CPU"),
+    }
+}
+
 impl<K: Kernel> Op<K> {
-    /// The kernel's inputs in these arrays.
-    fn split<'a, T>(&self, arrays: &[&'a [T]]) -> Vec<&'a [T]> {
-        let mut inputs = vec![&[][..]; self.lengths.len()];
-        let mut rest: &'a [T] = &[];
-        for (at, &index) in self.order.iter().enumerate() {
-            if at < 3 {
-                rest = arrays[at];
-            }
-            (inputs[index], rest) = rest.split_at(self.lengths[index]);
+    /// Hands `work` the kernel's inputs, of which `arrays` are those of the graph's operation.
+    fn with_inputs<T: Real, R>(
+        &self,
+        arrays: &[&[T]],
+        work: impl FnOnce(&[&[T]]) -> R,
+    ) -> Result<R> {
+        let held: Vec<_> = (self.carried.iter().map(|(t, _)| t.storage_and_layout())).collect();
+        // The carrier stands last.
+        let own = arrays.len() - usize::from(!held.is_empty());
+        let mut inputs = arrays[..own].to_vec();
+        for (storage, layout) in &held {
+            inputs.push(on_cpu(self.kernel.name(), storage, layout)?);
         }
-        inputs
+        Ok(work(&inputs))
     }
 
     fn forward(&self, arrays: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
@@ -190,7 +333,7 @@ impl<K: Kernel> Op<K> {
             let name = op.kernel.name();
             let arrays = arrays.iter().map(|(s, l)| read::<T>(name, s, l));
             let arrays = arrays.collect::<Result<Vec<_>>>()?;
-            let (out, shape) = op.kernel.forward(&op.split(&arrays));
+            let (out, shape) = op.with_inputs(&arrays, |inputs| op.kernel.forward(inputs))?;
             Ok((T::to_cpu_storage_owned(out), Shape::from(shape)))
         }
         match arrays[0].0 {
@@ -216,30 +359,35 @@ impl<K: Kernel> Op<K> {
         let held: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
         let mut arrays = Vec::with_capacity(held.len());
         for (storage, layout) in &held {
-            match &**storage {
-                Storage::Cpu(storage) => arrays.push(read::<T>(name, storage, layout)?),
-                _ => bail!("{name}: a tensor is not on the CPU"),
-            }
+            arrays.push(on_cpu::<T>(name, storage, layout)?);
         }
         let (inputs, ends) = arrays.split_at(args.len());
-        let parts = self.kernel.backward(&self.split(inputs), ends[0], ends[1]);
-        let mut parts = parts;
-        args.iter()
-            .enumerate()
-            .map(|(at, arg)| {
-                let mut own = std::mem::take(&mut parts[self.order[at]]);
-                if at == 2 {
-                    for &index in &self.order[3..] {
-                        own.extend_from_slice(&parts[index]);
-                    }
-                }
-                // Constants need no gradient.
-                match arg.track_op() {
-                    true => Tensor::from_vec(own, arg.shape(), arg.device()).map(Some),
-                    false => Ok(None),
-                }
-            })
-            .collect()
+        let parts = self.with_inputs(inputs, |inputs| {
+            self.kernel.backward(inputs, ends[0], ends[1])
+        })?;
+        // Constants need no gradient.
+        let of = |part: Vec<T>, arg: &Tensor, asked: bool| match asked {
+            true => Tensor::from_vec(part, arg.shape(), arg.device()).map(Some),
+            false => Ok(None),
+        };
+        let mut parts = parts.into_iter();
+        let own = args.len() - usize::from(!self.carried.is_empty());
+        let mut gradients = args[..own]
+            .iter()
+            .zip(&mut parts)
+            .map(|(arg, part)| of(part, arg, arg.track_op()))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(carrier) = args.get(own) {
+            let carried = self.carried.iter().zip(parts);
+            let carried = carried.map(|((input, asked), part)| of(part, input, *asked));
+            let carried = carried.collect::<Result<Vec<_>>>()?;
+            *self.gradients.lock().unwrap_or_else(|e| e.into_inner()) = carried;
+            gradients.push(match carrier.track_op() {
+                true => Some(carrier.zeros_like()?),
+                false => None,
+            });
+        }
+        Ok(gradients)
     }
 
     fn gradients(

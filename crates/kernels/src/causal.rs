@@ -1,10 +1,10 @@
 //! Causal attention that learns, block by block of queries: scores of a block live in a buffer, nothing quadratic is kept, and
 //! the backward pass makes them again (Dao et al., arXiv 2205.14135, on CPU blocks).
 
-use crate::autograd::{Kernel, Real, apply};
+use crate::autograd::{Kernel, Real, Saved, apply};
 use crate::composed::{Composed, band, composes, node, wide};
 use crate::cpu::Level;
-use crate::dense::{Left, Packed, add_product, add_product_part, product};
+use crate::dense::{Left, Packed, add_product, product, uninit};
 use crate::gpu;
 use crate::learn::composed::{Seen, softmax_pull};
 use crate::learn::{levels, softmax_naive};
@@ -61,10 +61,9 @@ pub fn causal_attention(
         d,
         scale,
         window,
+        log_sums: Saved::default(),
     };
-    // Behind the outputs stand the logarithms of the softmax's sums.
-    let both = apply(op, &[query, key, value])?;
-    both.narrow(0, 0, heads * t * d)?.reshape((heads, t, d))
+    apply(op, &[query, key, value])
 }
 
 /// Scores that exist at a time in the composed form.
@@ -218,6 +217,8 @@ struct Causal {
     d: usize,
     scale: f64,
     window: usize,
+    /// Logarithms of the softmax's sums: [heads t].
+    log_sums: Saved,
 }
 
 impl Causal {
@@ -302,8 +303,9 @@ impl Kernel for Causal {
 
     fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
         let &Causal { heads, t, s, d, .. } = self;
-        let mut out = vec![T::zero(); heads * t * (d + 1)];
-        let shared = SharedMut::new(&mut out);
+        let mut out = uninit(heads * t * d);
+        let mut log_sums = uninit(heads * t);
+        let (shared, all_sums) = (SharedMut::new(&mut out), SharedMut::new(&mut log_sums));
         Pool::global().for_each(heads, |head| {
             let kv = head / (heads / self.kv_heads) * s * d;
             let keys = Packed::new(&inputs[1][kv..], d, s, 1, d);
@@ -315,7 +317,7 @@ impl Kernel for Causal {
                 let query = &inputs[0][(head * t + first) * d..];
                 self.scores(query, rows, end, &keys, &mut scores);
                 // SAFETY: these rows belong to this job alone.
-                let sums = unsafe { shared.slice(heads * t * d + head * t + first, rows) };
+                let sums = unsafe { all_sums.slice(head * t + first, rows) };
                 for (r, sum) in sums.iter_mut().enumerate() {
                     let row = &mut scores[r * s..(r + 1) * s];
                     let seen = self.seen(first + r);
@@ -331,15 +333,17 @@ impl Kernel for Causal {
                     row: s,
                     col: 1,
                 };
-                add_product_part(self.level, weights, rows, &values, (end, d), out, d);
+                product(self.level, weights, rows, &values, (end, d), out, d, true);
             }
         });
-        (out, vec![heads * t * (d + 1)])
+        self.log_sums.put(vec![log_sums]);
+        (out, vec![heads, t, d])
     }
 
     fn backward<T: Real>(&self, inputs: &[&[T]], output: &[T], gradient: &[T]) -> Vec<Vec<T>> {
         let &Causal { heads, t, s, d, .. } = self;
-        let (sums, scale) = (&output[heads * t * d..], T::of(self.scale));
+        let sums = self.log_sums.with(|saved| saved[0].clone());
+        let scale = T::of(self.scale);
         let mut grads: Vec<Vec<T>> = inputs.iter().map(|x| vec![T::zero(); x.len()]).collect();
         let shared: Vec<SharedMut<T>> = grads.iter_mut().map(|g| SharedMut::new(g)).collect();
         let group = heads / self.kv_heads;
@@ -367,8 +371,6 @@ impl Kernel for Causal {
                         let out = &output[at + r * d..][..d];
                         let own = &grad[r * d..][..d];
                         let dot: T = out.iter().zip(own).map(|(&o, &g)| o * g).sum();
-                        // Also what flows in through the logarithm of the sum, if anything does.
-                        let log = gradient[heads * t * d + head * t + first + r];
                         let sum = sums[head * t + first + r];
                         let seen = self.seen(first + r);
                         let (weights, slopes) = (
@@ -380,7 +382,7 @@ impl Kernel for Causal {
                             row[seen.end..end].fill(T::zero());
                         }
                         let (weights, slopes) = (&mut weights[seen.clone()], &mut slopes[seen]);
-                        pull(self.level, weights, slopes, sum, log - dot, scale);
+                        pull(self.level, weights, slopes, sum, -dot, scale);
                     }
                     let across = |data| Left {
                         data,
@@ -394,7 +396,7 @@ impl Kernel for Causal {
                     };
                     // SAFETY: as above.
                     let grad_query = unsafe { shared[0].slice(at, rows * d) };
-                    add_product_part(
+                    product(
                         self.level,
                         across(&slopes[..]),
                         rows,
@@ -402,6 +404,7 @@ impl Kernel for Causal {
                         (end, d),
                         grad_query,
                         d,
+                        true,
                     );
                     let query = Packed::new(query, rows, d, d, 1);
                     add_product(self.level, down(&slopes[..]), end, &query, grad_key, d);
@@ -478,7 +481,7 @@ mod tests {
             let inputs: Vec<Vec<f32>> = [&q, &k, &v].iter().map(|x| flat(x).iter().map(|&x| x as f32).collect()).collect();
             let refs: Vec<&[f32]> = inputs.iter().map(|x| &x[..]).collect();
             for level in Level::available() {
-                let op = Causal { level, heads, kv_heads, t, s, d, scale: 0.7, window };
+                let op = Causal { level, heads, kv_heads, t, s, d, scale: 0.7, window, log_sums: Saved::default() };
                 let (out, _) = op.forward(&refs);
                 for (&found, wanted) in out.iter().zip(&wanted) {
                     prop_assert!((f64::from(found) - wanted).abs() < 1e-5, "{level:?} {found} {wanted}");
@@ -528,25 +531,23 @@ mod tests {
             d,
             scale: 0.3,
             window: 100,
+            log_sums: Saved::default(),
         };
         let wide: Vec<Vec<f64>> = tensors.iter().map(flat).collect();
         let refs: Vec<&[f64]> = wide.iter().map(|x| &x[..]).collect();
-        let (out, _) = op(Level::Portable).forward(&refs);
+        let portable = op(Level::Portable);
+        let (out, _) = portable.forward(&refs);
         let gradient: Vec<f64> = (0..out.len())
-            .map(|i| {
-                if i < heads * t * d {
-                    ((i * 31) % 17) as f64 / 8.0 - 1.0
-                } else {
-                    0.0
-                }
-            })
+            .map(|i| ((i * 31) % 17) as f64 / 8.0 - 1.0)
             .collect();
-        let exact = op(Level::Portable).backward(&refs, &out, &gradient);
+        let exact = portable.backward(&refs, &out, &gradient);
         let narrow = |x: &Vec<f64>| x.iter().map(|&x| x as f32).collect::<Vec<f32>>();
         let inputs: Vec<Vec<f32>> = wide.iter().map(narrow).collect();
         let refs: Vec<&[f32]> = inputs.iter().map(|x| &x[..]).collect();
         for level in Level::available() {
-            let found = op(level).backward(&refs, &narrow(&out), &narrow(&gradient));
+            let op = op(level);
+            let (out, _) = op.forward::<f32>(&refs);
+            let found = op.backward(&refs, &out, &narrow(&gradient));
             for (found, exact) in found.iter().zip(&exact) {
                 let largest = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
                 for (&found, exact) in found.iter().zip(exact) {

@@ -8,12 +8,17 @@ use crate::autograd::Real;
 use crate::cpu::Level;
 use crate::elementwise::split_rows;
 use crate::pool::SharedMut;
+use candle_core::WithDType;
 use std::any::TypeId;
 
 /// Columns of a panel.
 pub const PANEL: usize = 32;
-/// Inner dimension of a block: a panel of it stays in the second cache.
-const BLOCK: usize = 512;
+/// Inner dimension of a block: a panel of it stays in the first cache.
+const BLOCK: usize = 320;
+/// Rows of a block: they stay in the second cache while all panels pass.
+const ROWS: usize = 64;
+/// Most rows that are summed at once.
+const HIGH: usize = 8;
 
 /// B [k, n] in panels: [n / 32][k][32], zeros beyond n.
 pub struct Packed<T> {
@@ -62,7 +67,7 @@ impl<T: Real> Packed<T> {
 }
 
 /// Elements that are written before they are read.
-pub(crate) fn uninit<T: Real>(count: usize) -> Vec<T> {
+pub(crate) fn uninit<T: WithDType>(count: usize) -> Vec<T> {
     let mut values = Vec::with_capacity(count);
     // SAFETY: every pattern of bits is a float, and callers write all of them first.
     #[allow(clippy::uninit_vec)]
@@ -136,25 +141,74 @@ pub(crate) fn product<T: Real>(
         (m - 1) * a.row + (k - 1) * a.col < a.data.len() && (m - 1) * stride + n <= c.len(),
         "product: a matrix is shorter than its shape"
     );
-    for first in (0..k).step_by(BLOCK) {
-        let depth = BLOCK.min(k - first);
+    let panels = |first: usize, depth: usize| {
         let panels = b.panels.chunks_exact(b.k * PANEL).take(n.div_ceil(PANEL));
-        for (index, panel) in panels.enumerate() {
-            let panel = &panel[first * PANEL..(first + depth) * PANEL];
-            let (col, cols) = (index * PANEL, PANEL.min(n - index * PANEL));
-            let mut done = 0;
-            while done < m {
-                let block = Block {
-                    a: &a.data[done * a.row + first * a.col..],
-                    row: a.row,
-                    col: a.col,
-                    rows: m - done,
-                    panel,
-                    cols,
-                    stride,
-                    fresh: fresh && first == 0,
+        panels.map(move |panel| &panel[first * PANEL..(first + depth) * PANEL])
+    };
+    // Blocks of equal depth.
+    let block = k.div_ceil(k.div_ceil(BLOCK));
+    // Columns of a transposed matrix lie apart: they are gathered once for all panels.
+    let gathers = a.col != 1 && n > PANEL;
+    let mut gathered = uninit(if gathers {
+        m.min(ROWS).next_multiple_of(HIGH) * block
+    } else {
+        0
+    });
+    for first in (0..k).step_by(block) {
+        let depth = block.min(k - first);
+        for top in (0..m).step_by(ROWS) {
+            let rows = ROWS.min(m - top);
+            let mut a = Left {
+                data: &a.data[top * a.row + first * a.col..],
+                ..a
+            };
+            if gathers {
+                a.gather(rows, depth, &mut gathered);
+                a = Left {
+                    data: &gathered,
+                    row: 1,
+                    col: HIGH,
                 };
-                done += block.run(level, &mut c[done * stride + col..]);
+            }
+            for (index, panel) in panels(first, depth).enumerate() {
+                let (col, cols) = (index * PANEL, PANEL.min(n - index * PANEL));
+                let mut done = 0;
+                while done < rows {
+                    let start = match gathers {
+                        true => done / HIGH * HIGH * depth + done % HIGH,
+                        false => done * a.row,
+                    };
+                    let block = Block {
+                        a: &a.data[start..],
+                        row: a.row,
+                        col: a.col,
+                        rows: rows - done,
+                        panel,
+                        cols,
+                        stride,
+                        fresh: fresh && first == 0,
+                    };
+                    done += block.run(level, &mut c[(top + done) * stride + col..]);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Real> Left<'_, T> {
+    /// The first rows and columns as [rows / HIGH][depth][HIGH]; what is beyond the rows is left as it is.
+    fn gather(&self, rows: usize, depth: usize, out: &mut [T]) {
+        for l in 0..depth {
+            let column = &self.data[l * self.col..];
+            for first in (0..rows).step_by(HIGH) {
+                let out = &mut out[first * depth + l * HIGH..][..HIGH];
+                if self.row == 1 && first + HIGH <= rows {
+                    out.copy_from_slice(&column[first..first + HIGH]);
+                    continue;
+                }
+                for (r, out) in out.iter_mut().enumerate().take(rows - first) {
+                    *out = column[(first + r) * self.row];
+                }
             }
         }
     }
@@ -227,7 +281,7 @@ impl<T: Real> Block<'_, T> {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Block, PANEL};
+    use super::{Block, HIGH, PANEL};
     use crate::cpu::Level;
     use core::arch::x86_64::*;
 
@@ -235,10 +289,10 @@ mod x86 {
         /// # Safety
         /// The CPU has the level's features.
         pub(super) unsafe fn run_f32(&self, level: Level, c: &mut [f32]) -> usize {
-            let mut sums = [[0f32; PANEL]; 8];
+            let mut sums = [[0f32; PANEL]; HIGH];
             let rows = if level >= Level::Avx512 {
                 match self.rows {
-                    8.. => self.wide::<8>(&mut sums),
+                    HIGH.. => self.wide::<HIGH>(&mut sums),
                     4.. => self.wide::<4>(&mut sums),
                     2.. => self.wide::<2>(&mut sums),
                     _ => self.wide::<1>(&mut sums),
@@ -256,7 +310,7 @@ mod x86 {
         }
 
         #[target_feature(enable = "avx512f")]
-        unsafe fn wide<const R: usize>(&self, out: &mut [[f32; PANEL]; 8]) -> usize {
+        unsafe fn wide<const R: usize>(&self, out: &mut [[f32; PANEL]; HIGH]) -> usize {
             let mut sums = [[_mm512_setzero_ps(); 2]; R];
             let (mut a, mut b) = (self.a.as_ptr(), self.panel.as_ptr());
             for _ in 0..self.panel.len() / PANEL {
@@ -277,7 +331,7 @@ mod x86 {
         }
 
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn middle<const R: usize>(&self, out: &mut [[f32; PANEL]; 8]) -> usize {
+        unsafe fn middle<const R: usize>(&self, out: &mut [[f32; PANEL]; HIGH]) -> usize {
             let mut sums = [[_mm256_setzero_ps(); 4]; R];
             let (mut a, mut b) = (self.a.as_ptr(), self.panel.as_ptr());
             for _ in 0..self.panel.len() / PANEL {

@@ -332,12 +332,12 @@ multiversion! {
 }
 
 /// A copy of `x` `[rows, width]`, each piece made by the thread that works on those rows.
-pub fn copy(x: &[f32], width: usize) -> Vec<f32> {
-    let mut out: Vec<f32> = Vec::with_capacity(x.len());
+pub fn copy<T: Copy + Send + Sync>(x: &[T], width: usize) -> Vec<T> {
+    let mut out: Vec<T> = Vec::with_capacity(x.len());
     let shared = SharedMut::new(out.spare_capacity_mut());
     split_rows(x.len() / width.max(1), width, |first, rows| {
         let range = first * width..(first + rows) * width;
-        // SAFETY: pieces are disjoint, and f32 may be written where nothing is.
+        // SAFETY: pieces are disjoint, and may be written where nothing is.
         let to = unsafe { shared.slice(range.start, range.len()) };
         for (to, x) in to.iter_mut().zip(&x[range]) {
             to.write(*x);

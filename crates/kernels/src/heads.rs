@@ -1,7 +1,11 @@
-//! Heads out of the width of activations and back, turned by their positions on the way: one pass on a GPU.
+//! Heads out of the width of activations and back, turned by their positions on the way, in one pass.
 
-use crate::composed::{Composed, node};
+use crate::autograd::{Kernel, Real, apply};
+use crate::composed::{Composed, composes, node};
+use crate::dense::uninit;
+use crate::elementwise::split_rows;
 use crate::gpu::{self, Launch};
+use crate::pool::SharedMut;
 use candle_core::{Result, Tensor, bail};
 
 /// cos and sin of each token: [tokens, half] each.
@@ -15,7 +19,13 @@ pub fn split_heads(
     angles: Option<Angles<'_>>,
 ) -> Result<Tensor> {
     let op = Heads::new(x.dims2()?, documents, heads, angles)?;
-    node(Split(op), &[x])
+    if composes(x) {
+        return node(Split(op), &[x]);
+    }
+    match angles {
+        Some((cos, sin)) => apply(SplitRows(op.sizes()), &[x, cos, sin]),
+        None => apply(SplitRows(op.sizes()), &[x]),
+    }
 }
 
 /// x [documents heads, length, width] to [documents length, heads width].
@@ -23,7 +33,11 @@ pub fn join_heads(x: &Tensor, documents: usize) -> Result<Tensor> {
     let (all, length, width) = x.dims3()?;
     let heads = all / documents.max(1);
     let sizes = (documents * length, heads * width);
-    node(Join(Heads::new(sizes, documents, heads, None)?), &[x])
+    let op = Heads::new(sizes, documents, heads, None)?;
+    match composes(x) {
+        true => node(Join(op), &[x]),
+        false => apply(JoinRows(op.sizes()), &[x]),
+    }
 }
 
 struct Heads {
@@ -64,6 +78,16 @@ impl Heads {
             width,
             angles: angles.map(|(cos, sin)| (cos.clone(), sin.clone())),
         })
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            documents: self.documents,
+            heads: self.heads,
+            length: self.length,
+            width: self.width,
+            half: self.angles.as_ref().map_or(0, |(cos, _)| cos.dims()[1]),
+        }
     }
 
     fn split_shape(&self) -> [usize; 3] {
@@ -168,5 +192,169 @@ impl Composed for Join {
 
     fn backward(&self, _: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
         Ok(vec![self.0.split(gradient)?])
+    }
+}
+
+/// What the CPU's forms go by; `half` coordinates of a head turn with as many others.
+#[derive(Clone, Copy)]
+struct Sizes {
+    documents: usize,
+    heads: usize,
+    length: usize,
+    width: usize,
+    half: usize,
+}
+
+impl Sizes {
+    fn tokens(&self) -> usize {
+        self.documents * self.length
+    }
+
+    /// Where a token's head lies when heads are apart.
+    fn apart(&self, token: usize, head: usize) -> usize {
+        let (document, at) = (token / self.length, token % self.length);
+        ((document * self.heads + head) * self.length + at) * self.width
+    }
+
+    /// Calls `work` with each token, and where each of its heads lies together and apart, tokens shared among threads.
+    fn each(&self, work: impl Fn(usize, usize, usize) + Sync) {
+        let row = self.heads * self.width;
+        split_rows(self.tokens(), row, |first, count| {
+            for token in first..first + count {
+                for head in 0..self.heads {
+                    work(
+                        token,
+                        token * row + head * self.width,
+                        self.apart(token, head),
+                    );
+                }
+            }
+        });
+    }
+
+    /// x [tokens, heads width] to heads apart, turned.
+    fn split<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>) -> Vec<T> {
+        let (half, width) = (self.half, self.width);
+        let mut out = uninit(x.len());
+        let shared = SharedMut::new(&mut out);
+        self.each(|token, together, apart| {
+            // SAFETY: a head of a token has a place of its own.
+            let out = unsafe { shared.slice(apart, width) };
+            let x = &x[together..together + width];
+            let Some((cos, sin)) = angles else {
+                out.copy_from_slice(x);
+                return;
+            };
+            let angles = token * half..(token + 1) * half;
+            turn(x, &cos[angles.clone()], &sin[angles], T::one(), out);
+        });
+        out
+    }
+
+    /// The other way, turned back.
+    fn join<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>) -> Vec<T> {
+        let (half, width) = (self.half, self.width);
+        let mut out = uninit(x.len());
+        let shared = SharedMut::new(&mut out);
+        self.each(|token, together, apart| {
+            // SAFETY: as above.
+            let out = unsafe { shared.slice(together, width) };
+            let x = &x[apart..apart + width];
+            let Some((cos, sin)) = angles else {
+                out.copy_from_slice(x);
+                return;
+            };
+            let angles = token * half..(token + 1) * half;
+            turn(x, &cos[angles.clone()], &sin[angles], -T::one(), out);
+        });
+        out
+    }
+}
+
+/// Pairs (m, half + m) of one head turned; what is beyond them is copied.
+#[inline(always)]
+fn turn<T: Real>(x: &[T], cos: &[T], sin: &[T], sign: T, out: &mut [T]) {
+    let half = cos.len();
+    let (a, rest) = x.split_at(half);
+    let (b, rest) = rest.split_at(half);
+    let (first, out) = out.split_at_mut(half);
+    let (second, out) = out.split_at_mut(half);
+    for m in 0..half {
+        let sin = sign * sin[m];
+        first[m] = a[m] * cos[m] - b[m] * sin;
+        second[m] = b[m] * cos[m] + a[m] * sin;
+    }
+    out.copy_from_slice(rest);
+}
+
+struct SplitRows(Sizes);
+
+impl Kernel for SplitRows {
+    fn name(&self) -> &'static str {
+        "split_heads"
+    }
+
+    fn forward<T: Real>(&self, x: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let s = self.0;
+        let angles = x.get(1).map(|cos| (*cos, x[2]));
+        (
+            s.split(x[0], angles),
+            vec![s.documents * s.heads, s.length, s.width],
+        )
+    }
+
+    fn backward<T: Real>(&self, x: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        let angles = x.get(1).map(|cos| (*cos, x[2]));
+        let mut out = vec![self.0.join(gradient, angles)];
+        // Angles are constants.
+        out.resize(x.len(), Vec::new());
+        out
+    }
+}
+
+struct JoinRows(Sizes);
+
+impl Kernel for JoinRows {
+    fn name(&self) -> &'static str {
+        "join_heads"
+    }
+
+    fn forward<T: Real>(&self, x: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let s = self.0;
+        (s.join(x[0], None), vec![s.tokens(), s.heads * s.width])
+    }
+
+    fn backward<T: Real>(&self, _: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        vec![self.0.split(gradient, None)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::autograd::gradient_error;
+    use crate::composed::composing;
+    use crate::harness::{distance, tensor};
+
+    #[test]
+    fn the_cpus_form_is_the_composition() {
+        let (documents, heads, length, width) = (2, 3, 5, 8);
+        let x = tensor(&[documents * length, heads * width], 1, -1.0, 1.0);
+        for half in [0, 3, 4] {
+            let table = |salt| tensor(&[documents * length, half], salt, -1.0, 1.0);
+            let (cos, sin) = (table(2), table(3));
+            let angles = (half > 0).then_some((&cos, &sin));
+            let split = |x: &Tensor| split_heads(x, documents, heads, angles);
+            let apart = split(&x).unwrap();
+            assert_eq!(apart.dims(), [documents * heads, length, width]);
+            assert!(distance(&apart, &composing(|| split(&x)).unwrap()) < 1e-15);
+            let error = gradient_error(std::slice::from_ref(&x), 1e-6, &|x| split(&x[0]));
+            assert!(error.unwrap() < 1e-8);
+            let together = join_heads(&apart, documents).unwrap();
+            let composed = composing(|| join_heads(&apart, documents)).unwrap();
+            assert!(distance(&together, &composed) < 1e-15);
+            let error = gradient_error(&[apart], 1e-6, &|x| join_heads(&x[0], documents));
+            assert!(error.unwrap() < 1e-8);
+        }
     }
 }

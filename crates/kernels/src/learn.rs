@@ -6,21 +6,22 @@ pub(crate) mod composed;
 use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{composes, node};
 use crate::cpu::Level;
-use crate::elementwise::split_rows;
+use crate::dense::uninit;
+use crate::elementwise::{copy, split_rows};
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
 use composed::{DepthwiseComposed, RmsNormComposed, SiluGateComposed, SoftmaxComposed};
 
 /// Compiles a body for each vector width.
 macro_rules! levels {
-    ($name:ident / $body:ident / $wide:ident / $middle:ident ($($arg:ident: $ty:ty),* $(,)?)) => {
+    ($vis:vis $name:ident / $body:ident / $wide:ident / $middle:ident ($($arg:ident: $ty:ty),* $(,)?)) => {
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
         unsafe fn $wide<T: Real>($($arg: $ty),*) { $body($($arg),*) }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma")]
         unsafe fn $middle<T: Real>($($arg: $ty),*) { $body($($arg),*) }
-        fn $name<T: Real>(level: Level, $($arg: $ty),*) {
+        $vis fn $name<T: Real>(level: Level, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the level says that the CPU has the features.
             match level {
@@ -50,7 +51,6 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     }
     let op = RmsNorm {
         level: Level::current(),
-        width,
         eps,
         shape: x.dims().to_vec(),
     };
@@ -59,7 +59,6 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 
 struct RmsNorm {
     level: Level,
-    width: usize,
     eps: f64,
     shape: Vec<usize>,
 }
@@ -144,56 +143,60 @@ impl Kernel for RmsNorm {
     }
 
     fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
-        let (x, weight, width) = (inputs[0], inputs[1], self.width);
-        let mut out = vec![T::zero(); x.len()];
-        let shared = SharedMut::new(&mut out);
-        split_rows(x.len() / width, width, |first, rows| {
-            // SAFETY: pieces are disjoint row ranges.
-            let out = unsafe { shared.slice(first * width, rows * width) };
-            let x = &x[first * width..(first + rows) * width];
-            norm_rows(self.level, x, weight, T::of(self.eps), out);
-        });
+        let out = norm_all(self.level, inputs[0], inputs[1], T::of(self.eps));
         (out, self.shape.clone())
     }
 
     fn backward<T: Real>(&self, inputs: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
-        let (x, weight, width) = (inputs[0], inputs[1], self.width);
-        let rows = x.len() / width;
-        let groups = rows.div_ceil(GROUP);
-        let mut grad_x = vec![T::zero(); x.len()];
-        let mut partial = vec![T::zero(); groups * width];
-        let (out, sums) = (SharedMut::new(&mut grad_x), SharedMut::new(&mut partial));
-        split_rows(groups, GROUP * width, |first, count| {
-            for group in first..first + count {
-                let range = group * GROUP * width..((group + 1) * GROUP).min(rows) * width;
-                // SAFETY: groups are disjoint.
-                let (grad_x, sum) = unsafe {
-                    (
-                        out.slice(range.start, range.len()),
-                        sums.slice(group * width, width),
-                    )
-                };
-                let (x, gradient) = (&x[range.clone()], &gradient[range]);
-                norm_back(
-                    self.level,
-                    x,
-                    weight,
-                    T::of(self.eps),
-                    gradient,
-                    grad_x,
-                    sum,
-                );
-            }
-        });
-        let mut grad_weight = vec![T::zero(); width];
-        for part in partial.chunks_exact(width) {
-            grad_weight
-                .iter_mut()
-                .zip(part)
-                .for_each(|(sum, &g)| *sum += g);
-        }
+        let eps = T::of(self.eps);
+        let (grad_x, grad_weight) = norm_back_all(self.level, inputs[0], inputs[1], eps, gradient);
         vec![grad_x, grad_weight]
     }
+}
+
+/// RMSNorm of rows as wide as the weight.
+pub(crate) fn norm_all<T: Real>(level: Level, x: &[T], weight: &[T], eps: T) -> Vec<T> {
+    let width = weight.len();
+    let mut out = uninit(x.len());
+    let shared = SharedMut::new(&mut out);
+    split_rows(x.len() / width, width, |first, rows| {
+        // SAFETY: pieces are disjoint row ranges.
+        let out = unsafe { shared.slice(first * width, rows * width) };
+        let x = &x[first * width..(first + rows) * width];
+        norm_rows(level, x, weight, eps, out);
+    });
+    out
+}
+
+/// Gradients of x and of the weight of [`norm_all`].
+pub(crate) fn norm_back_all<T: Real>(
+    level: Level,
+    x: &[T],
+    weight: &[T],
+    eps: T,
+    gradient: &[T],
+) -> (Vec<T>, Vec<T>) {
+    let width = weight.len();
+    let rows = x.len() / width;
+    let groups = rows.div_ceil(GROUP);
+    let mut grad_x = uninit(x.len());
+    let mut partial = vec![T::zero(); groups * width];
+    let (out, sums) = (SharedMut::new(&mut grad_x), SharedMut::new(&mut partial));
+    split_rows(groups, GROUP * width, |first, count| {
+        for group in first..first + count {
+            let range = group * GROUP * width..((group + 1) * GROUP).min(rows) * width;
+            // SAFETY: groups are disjoint.
+            let (grad_x, sum) = unsafe {
+                (
+                    out.slice(range.start, range.len()),
+                    sums.slice(group * width, width),
+                )
+            };
+            let (x, gradient) = (&x[range.clone()], &gradient[range]);
+            norm_back(level, x, weight, eps, gradient, grad_x, sum);
+        }
+    });
+    (grad_x, added_up(&partial, width))
 }
 
 /// Softmax over the last axis; -inf gets 0.
@@ -270,7 +273,7 @@ impl Kernel for Softmax {
 
     fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
         let (x, width) = (inputs[0], self.width);
-        let mut out = vec![T::zero(); x.len()];
+        let mut out = uninit(x.len());
         let shared = SharedMut::new(&mut out);
         split_rows(x.len() / width, width, |first, rows| {
             let range = first * width..(first + rows) * width;
@@ -283,7 +286,7 @@ impl Kernel for Softmax {
 
     fn backward<T: Real>(&self, _: &[&[T]], y: &[T], gradient: &[T]) -> Vec<Vec<T>> {
         let width = self.width;
-        let mut out = vec![T::zero(); y.len()];
+        let mut out = uninit(y.len());
         let shared = SharedMut::new(&mut out);
         split_rows(y.len() / width, width, |first, rows| {
             let range = first * width..(first + rows) * width;
@@ -327,7 +330,7 @@ struct SiluGate {
     shape: Vec<usize>,
 }
 
-levels!(silu_rows / silu_body / silu_wide / silu_middle (gate: &[T], up: Option<&[T]>, out: &mut [T]));
+levels!(pub(crate) silu_rows / silu_body / silu_wide / silu_middle (gate: &[T], up: Option<&[T]>, out: &mut [T]));
 levels!(silu_back / silu_back_body / silu_back_wide / silu_back_middle (
     gate: &[T], up: Option<&[T]>, gradient: &[T], grad_gate: &mut [T], grad_up: Option<&mut [T]>
 ));
@@ -377,6 +380,140 @@ fn silu_back_body<T: Real>(
     }
 }
 
+/// y + x scale, a scale for each `x.len / scale.len` neighbours of the last axis: the skip of a state space layer. y and x
+/// [.., width], scale [groups], width a multiple of groups.
+pub fn skip(y: &Tensor, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    let width = x.dims().last().copied().unwrap_or(0);
+    let groups = scale.elem_count();
+    if y.dims() != x.dims() || scale.rank() != 1 || groups == 0 || !width.is_multiple_of(groups) {
+        bail!(
+            "skip: found y {:?}, x {:?}, scale {:?}, expected twice [.., width] and [groups], groups a divisor of width",
+            y.dims(),
+            x.dims(),
+            scale.dims()
+        );
+    }
+    if composes(x) {
+        let mut shape = x.dims().to_vec();
+        shape.pop();
+        shape.extend([groups, width / groups]);
+        let scale = scale.reshape((groups, 1))?;
+        return y + x
+            .reshape(shape)?
+            .broadcast_mul(&scale)?
+            .reshape(x.shape())?;
+    }
+    let op = Skip {
+        level: Level::current(),
+        groups,
+        share: width / groups,
+        shape: x.dims().to_vec(),
+    };
+    apply(op, &[y, x, scale])
+}
+
+struct Skip {
+    level: Level,
+    groups: usize,
+    /// Neighbours that share a scale.
+    share: usize,
+    shape: Vec<usize>,
+}
+
+levels!(skip_rows / skip_body / skip_wide / skip_middle (x: &[T], scale: &[T], share: usize, out: &mut [T]));
+levels!(skip_back / skip_back_body / skip_back_wide / skip_back_middle (
+    x: &[T], scale: &[T], share: usize, gradient: &[T], grad_x: &mut [T], grad_scale: &mut [T]
+));
+
+#[inline(always)]
+fn skip_body<T: Real>(x: &[T], scale: &[T], share: usize, out: &mut [T]) {
+    let width = scale.len() * share;
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        let groups = x.chunks_exact(share).zip(out.chunks_exact_mut(share));
+        for ((x, out), &scale) in groups.zip(scale) {
+            out.iter_mut().zip(x).for_each(|(y, &x)| *y += x * scale);
+        }
+    }
+}
+
+#[inline(always)]
+fn skip_back_body<T: Real>(
+    x: &[T],
+    scale: &[T],
+    share: usize,
+    gradient: &[T],
+    grad_x: &mut [T],
+    grad_scale: &mut [T],
+) {
+    let width = scale.len() * share;
+    let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+    for ((x, gradient), grad_x) in rows.zip(grad_x.chunks_exact_mut(width)) {
+        let groups = x.chunks_exact(share).zip(gradient.chunks_exact(share));
+        let sums = scale.iter().zip(grad_scale.iter_mut());
+        for (((x, gradient), grad_x), (&scale, sum)) in
+            groups.zip(grad_x.chunks_exact_mut(share)).zip(sums)
+        {
+            for (grad_x, &g) in grad_x.iter_mut().zip(gradient) {
+                *grad_x = g * scale;
+            }
+            *sum += sum_products(x, gradient);
+        }
+    }
+}
+
+impl Kernel for Skip {
+    fn name(&self) -> &'static str {
+        "skip"
+    }
+
+    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let width = self.groups * self.share;
+        let mut out = copy(inputs[0], width);
+        let shared = SharedMut::new(&mut out);
+        split_rows(inputs[1].len() / width, width, |first, rows| {
+            let range = first * width..(first + rows) * width;
+            // SAFETY: pieces are disjoint row ranges.
+            let out = unsafe { shared.slice(range.start, range.len()) };
+            skip_rows(self.level, &inputs[1][range], inputs[2], self.share, out);
+        });
+        (out, self.shape.clone())
+    }
+
+    fn backward<T: Real>(&self, inputs: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        let width = self.groups * self.share;
+        let rows = gradient.len() / width;
+        let blocks = rows.div_ceil(GROUP);
+        let mut grad_x = uninit(gradient.len());
+        let mut partial = vec![T::zero(); blocks * self.groups];
+        let (out, sums) = (SharedMut::new(&mut grad_x), SharedMut::new(&mut partial));
+        split_rows(blocks, GROUP * width, |first, count| {
+            for block in first..first + count {
+                let range = block * GROUP * width..((block + 1) * GROUP).min(rows) * width;
+                // SAFETY: blocks are disjoint.
+                let (grad_x, sum) = unsafe {
+                    (
+                        out.slice(range.start, range.len()),
+                        sums.slice(block * self.groups, self.groups),
+                    )
+                };
+                let (x, gradient) = (&inputs[1][range.clone()], &gradient[range]);
+                skip_back(self.level, x, inputs[2], self.share, gradient, grad_x, sum);
+            }
+        });
+        let grad_scale = added_up(&partial, self.groups);
+        vec![copy(gradient, width), grad_x, grad_scale]
+    }
+}
+
+/// Sum of rows.
+fn added_up<T: Real>(rows: &[T], width: usize) -> Vec<T> {
+    let mut sum = vec![T::zero(); width];
+    for row in rows.chunks_exact(width) {
+        sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
+    }
+    sum
+}
+
 /// Elements of a piece.
 const PIECE: usize = 1024;
 
@@ -387,7 +524,7 @@ impl Kernel for SiluGate {
 
     fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
         let count = inputs[0].len();
-        let mut out = vec![T::zero(); count];
+        let mut out = uninit(count);
         let shared = SharedMut::new(&mut out);
         split_rows(count.div_ceil(PIECE), PIECE, |first, pieces| {
             let range = first * PIECE..((first + pieces) * PIECE).min(count);
@@ -401,7 +538,7 @@ impl Kernel for SiluGate {
 
     fn backward<T: Real>(&self, inputs: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
         let count = inputs[0].len();
-        let mut grads: Vec<Vec<T>> = inputs.iter().map(|x| vec![T::zero(); x.len()]).collect();
+        let mut grads: Vec<Vec<T>> = inputs.iter().map(|x| uninit(x.len())).collect();
         let shared: Vec<SharedMut<T>> = grads.iter_mut().map(|g| SharedMut::new(g)).collect();
         split_rows(count.div_ceil(PIECE), PIECE, |first, pieces| {
             let range = first * PIECE..((first + pieces) * PIECE).min(count);
@@ -584,6 +721,7 @@ impl Kernel for Depthwise {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
+    use crate::composed::composing;
     use crate::harness;
     use candle_core::Device;
 
@@ -615,6 +753,26 @@ mod tests {
         assert!(error < 1e-6, "silu {error}");
         assert!(rms_norm(&x, &tensor(&[18], 1), 1e-5).is_err());
         assert!(silu_gate(&x, Some(&w)).is_err());
+    }
+
+    #[test]
+    fn skips_are_their_sums() {
+        for (groups, share) in [(1, 6), (3, 2), (5, 1), (2, 40)] {
+            let width = groups * share;
+            let shape = [2, 300, width];
+            let inputs = [tensor(&shape, 1), tensor(&shape, 2), tensor(&[groups], 3)];
+            let found = skip(&inputs[0], &inputs[1], &inputs[2]).unwrap();
+            let composed = composing(|| skip(&inputs[0], &inputs[1], &inputs[2])).unwrap();
+            assert!(harness::distance(&found, &composed) < 1e-13);
+            let few = [
+                tensor(&[2, width], 1),
+                tensor(&[2, width], 2),
+                tensor(&[groups], 3),
+            ];
+            let error = gradient_error(&few, 1e-6, &|t| skip(&t[0], &t[1], &t[2])).unwrap();
+            assert!(error < 1e-7, "{groups} {share}: {error}");
+        }
+        assert!(skip(&tensor(&[2, 5], 1), &tensor(&[2, 5], 1), &tensor(&[2], 1)).is_err());
     }
 
     #[test]
@@ -732,7 +890,6 @@ mod tests {
         let narrow_gradient: Vec<f32> = gradient.iter().map(|&g| g as f32).collect();
         let norm = |level| RmsNorm {
             level,
-            width,
             eps: 1e-5,
             shape: vec![rows, width],
         };

@@ -5,12 +5,22 @@ use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{Composed, composes, node, sum_rows};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, product, uninit};
-use crate::elementwise::split_rows;
+use crate::elementwise::{copy, split_rows};
 use crate::pool::SharedMut;
 use candle_core::{Result, Tensor, bail};
 
 /// x [.., inputs], weight [outputs, inputs], bias [outputs] to [.., outputs].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    residual_linear(x, weight, bias, None)
+}
+
+/// [`linear`] added to `residual` [.., outputs].
+pub fn residual_linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs]);
     if x.dims().last() != Some(&inputs) || !fits {
@@ -25,10 +35,22 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if let Some(last) = shape.last_mut() {
         *last = outputs;
     }
+    if let Some(residual) = residual
+        && residual.dims() != shape
+    {
+        bail!(
+            "linear: found residual {:?}, expected {shape:?}",
+            residual.dims()
+        );
+    }
     if composes(x) {
-        return match bias {
-            Some(bias) => node(LinearComposed, &[x, weight, bias]),
-            None => node(LinearComposed, &[x, weight]),
+        let y = match bias {
+            Some(bias) => node(LinearComposed, &[x, weight, bias])?,
+            None => node(LinearComposed, &[x, weight])?,
+        };
+        return match residual {
+            Some(residual) => residual + y,
+            None => Ok(y),
         };
     }
     let op = Linear {
@@ -36,11 +58,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         inputs,
         outputs,
         shape,
+        biased: bias.is_some(),
     };
-    match bias {
-        Some(bias) => apply(op, &[x, weight, bias]),
-        None => apply(op, &[x, weight]),
-    }
+    let inputs = [Some(x), Some(weight), bias, residual];
+    apply(op, &inputs.into_iter().flatten().collect::<Vec<_>>())
 }
 
 /// The naive twin of [`linear`], of candle operations.
@@ -92,30 +113,40 @@ struct Linear {
     inputs: usize,
     outputs: usize,
     shape: Vec<usize>,
+    /// Behind x and weight comes a bias; behind that may come a residual.
+    biased: bool,
 }
 
 impl Linear {
-    /// C [rows, cols] = A B, plus what C holds if `added`; rows of A shared among threads.
-    fn product<T: Real>(
-        &self,
-        a: Left<'_, T>,
-        rows: usize,
-        b: &Packed<T>,
-        c: &mut [T],
-        added: bool,
-    ) {
-        let cols = b.cols();
-        let shared = SharedMut::new(c);
-        split_rows(rows, cols, |first, rows| {
-            let a = Left {
-                data: &a.data[(first * a.row).min(a.data.len())..],
-                ..a
-            };
-            // SAFETY: pieces are disjoint row ranges.
-            let c = unsafe { shared.slice(first * cols, rows * cols) };
-            product(self.level, a, rows, b, (b.rows(), cols), c, cols, !added);
-        });
+    fn bias<'a, T>(&self, x: &[&'a [T]]) -> Option<&'a [T]> {
+        self.biased.then(|| x[2])
     }
+
+    fn residual<'a, T>(&self, x: &[&'a [T]]) -> Option<&'a [T]> {
+        x.get(2 + usize::from(self.biased)).copied()
+    }
+}
+
+/// C [rows, cols] = A B, plus what C holds if `added`; rows of A shared among threads.
+pub(crate) fn shared_product<T: Real>(
+    level: Level,
+    a: Left<'_, T>,
+    rows: usize,
+    b: &Packed<T>,
+    c: &mut [T],
+    added: bool,
+) {
+    let cols = b.cols();
+    let shared = SharedMut::new(c);
+    split_rows(rows, cols, |first, rows| {
+        let a = Left {
+            data: &a.data[(first * a.row).min(a.data.len())..],
+            ..a
+        };
+        // SAFETY: pieces are disjoint row ranges.
+        let c = unsafe { shared.slice(first * cols, rows * cols) };
+        product(level, a, rows, b, (b.rows(), cols), c, cols, !added);
+    });
 }
 
 impl Kernel for Linear {
@@ -126,17 +157,24 @@ impl Kernel for Linear {
     fn forward<T: Real>(&self, x: &[&[T]]) -> (Vec<T>, Vec<usize>) {
         let (k, n) = (self.inputs, self.outputs);
         let rows: usize = self.shape[..self.shape.len() - 1].iter().product();
-        let mut out = match x.get(2) {
-            Some(bias) => bias.repeat(rows),
-            None => uninit(rows * n),
+        let mut out = match (self.residual(x), self.bias(x)) {
+            (Some(residual), _) => copy(residual, n),
+            (None, Some(bias)) => bias.repeat(rows),
+            (None, None) => uninit(rows * n),
         };
+        if let (Some(_), Some(bias)) = (self.residual(x), self.bias(x)) {
+            for row in out.chunks_exact_mut(n.max(1)) {
+                row.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+            }
+        }
+        let added = self.biased || self.residual(x).is_some();
         let weight = Packed::new(x[1], k, n, 1, k);
         let left = Left {
             data: x[0],
             row: k,
             col: 1,
         };
-        self.product(left, rows, &weight, &mut out, x.len() > 2);
+        shared_product(self.level, left, rows, &weight, &mut out, added);
         (out, self.shape.clone())
     }
 
@@ -151,7 +189,7 @@ impl Kernel for Linear {
             row: n,
             col: 1,
         };
-        self.product(left, rows, &weight, &mut grad_x, false);
+        shared_product(self.level, left, rows, &weight, &mut grad_x, false);
         // [outputs, inputs] = gradientᵀ x
         let mut grad_weight = uninit(x[1].len());
         let read = Packed::new(x[0], rows, k, k, 1);
@@ -160,14 +198,17 @@ impl Kernel for Linear {
             row: 1,
             col: n,
         };
-        self.product(turned, n, &read, &mut grad_weight, false);
+        shared_product(self.level, turned, n, &read, &mut grad_weight, false);
         let mut out = vec![grad_x, grad_weight];
-        if x.len() > 2 {
+        if self.biased {
             let mut bias = vec![T::zero(); n];
             for row in gradient.chunks_exact(n.max(1)) {
                 bias.iter_mut().zip(row).for_each(|(sum, &g)| *sum += g);
             }
             out.push(bias);
+        }
+        if self.residual(x).is_some() {
+            out.push(copy(gradient, n));
         }
         out
     }
@@ -180,6 +221,27 @@ mod tests {
     use crate::harness::{distance, largest, tensor};
     use candle_core::{DType, Var};
     use proptest::prelude::*;
+
+    #[test]
+    fn a_residual_is_added_and_gets_its_gradient() {
+        for biased in [false, true] {
+            let mut inputs = vec![
+                tensor(&[3, 5], 1, -1.0, 1.0),
+                tensor(&[4, 5], 2, -1.0, 1.0),
+                tensor(&[3, 4], 3, -1.0, 1.0),
+            ];
+            if biased {
+                inputs.push(tensor(&[4], 4, -1.0, 1.0));
+            }
+            let run = |t: &[Tensor]| residual_linear(&t[0], &t[1], t.get(3), Some(&t[2]));
+            let naive = linear_naive(&inputs[0], &inputs[1], inputs.get(3)).unwrap();
+            let wanted = (&inputs[2] + naive).unwrap();
+            assert!(distance(&run(&inputs).unwrap(), &wanted) < 1e-14);
+            assert!(gradient_error(&inputs, 1e-6, &run).unwrap() < 1e-7);
+        }
+        let x = tensor(&[3, 5], 1, -1.0, 1.0);
+        assert!(residual_linear(&x, &tensor(&[4, 5], 2, -1.0, 1.0), None, Some(&x)).is_err());
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(30))]

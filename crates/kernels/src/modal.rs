@@ -5,6 +5,7 @@
 //! Both compute in f64 inside and have analytic gradients.
 
 use crate::autograd::{Kernel, Real, apply};
+use crate::cut::cut;
 use crate::pool::{Pool, SharedMut};
 use crate::vandermonde::{complex, pairs};
 use candle_core::{Result, Tensor, bail};
@@ -55,11 +56,11 @@ impl ModalScan<'_> {
         };
         let inputs = [self.u, self.decay, self.input, self.output, self.state];
         let all = apply(op, &inputs)?;
-        let outputs = batch * length * channels;
+        let sizes = [batch * length * channels, batch * channels * modes * 2];
+        let parts = cut(&all, &sizes)?;
         Ok((
-            all.narrow(0, 0, outputs)?.reshape(self.u.shape())?,
-            all.narrow(0, outputs, batch * channels * modes * 2)?
-                .reshape(self.state.shape())?,
+            parts[0].reshape(self.u.shape())?,
+            parts[1].reshape(self.state.shape())?,
         ))
     }
 }

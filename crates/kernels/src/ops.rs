@@ -11,6 +11,7 @@ use crate::elementwise::{self, Gate};
 use crate::learn;
 use crate::linear;
 use crate::matmul::{Epilogue, PackedMatrix};
+use crate::mlp::{self, GatedWeights};
 use candle_core::{CpuStorage, D, Device, Result, Storage, Tensor, bail};
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -76,13 +77,19 @@ impl Linear {
 fn dense(parts: &[DensePart], x: &Tensor) -> Result<Vec<Tensor>> {
     let outputs = parts.iter().map(|part| {
         let (weight, bias) = (&part.weight, part.bias.as_ref());
-        let same = |t: &Tensor| t.dtype() == x.dtype();
-        if (x.track_op() || composes(x)) && same(weight) && bias.is_none_or(same) {
-            return linear::linear(x, weight, bias);
+        match learns(x, std::slice::from_ref(part)) {
+            true => linear::linear(x, weight, bias),
+            false => linear::linear_naive(x, weight, bias),
         }
-        linear::linear_naive(x, weight, bias)
     });
     outputs.collect()
+}
+
+/// Whether the operations with an analytic gradient serve.
+fn learns(x: &Tensor, parts: &[DensePart]) -> bool {
+    let same = |t: &Tensor| t.dtype() == x.dtype();
+    let all = |part: &DensePart| same(&part.weight) && part.bias.as_ref().is_none_or(same);
+    (x.track_op() || composes(x)) && parts.iter().all(all)
 }
 
 fn packed(
@@ -278,6 +285,10 @@ pub fn linear_residual(
             let out = with_rows(x, |x| packed(matrix, bias, x, tokens, sum, true))?;
             matrix_tensor(out, tokens)
         }
+        (Linear::Dense(parts), None) if learns(x, parts) && parts.len() == 1 => {
+            let part = &parts[0];
+            linear::residual_linear(x, &part.weight, part.bias.as_ref(), Some(residual))
+        }
         _ => {
             let y = linear.forward(x)?;
             residual
@@ -328,6 +339,23 @@ pub fn gated_mlp(
             None => Ok(y),
             Some(norm) => x + norm.forward(&y)?,
         };
+    }
+    if let (Linear::Dense(pair), Linear::Dense(last), Gate::Silu, None) =
+        (gate_up, down, gate, post_norm)
+        && let ([first, second], [last]) = (&pair[..], &last[..])
+        && learns(x, pair)
+        && learns(x, std::slice::from_ref(last))
+        && [first, second, last].iter().all(|part| part.bias.is_none())
+        && norm.weight.dtype() == x.dtype()
+        && !composes(x)
+    {
+        let weights = GatedWeights {
+            norm: &norm.weight,
+            gate: &first.weight,
+            up: &second.weight,
+            down: &last.weight,
+        };
+        return mlp::gated_mlp(x, weights, norm.eps);
     }
     let width = match gate_up {
         Linear::Dense(parts) => {

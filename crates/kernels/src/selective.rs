@@ -6,6 +6,7 @@
 use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{composes, doubling};
 use crate::cpu::Level;
+use crate::cut::cut;
 use crate::elementwise;
 use crate::pool::{Pool, SharedMut};
 use candle_core::{DType, Result, Tensor, bail};
@@ -77,9 +78,8 @@ impl SelectiveScan<'_> {
             return self.composed(&start);
         }
         let all = apply(op, &[self.u, self.dt, self.a, self.b, self.c, &start])?;
-        let y = all.narrow(0, 0, b * l * d)?.reshape((b, l, d))?;
-        let state = all.narrow(0, b * l * d, b * d * n)?.reshape((b, d, n))?;
-        Ok((y, state))
+        let parts = cut(&all, &[b * l * d, b * d * n])?;
+        Ok((parts[0].reshape((b, l, d))?, parts[1].reshape((b, d, n))?))
     }
 
     /// [`run`](Self::run) in candle's operations: a scan by doubling over all states of all steps, O(length log length) work and

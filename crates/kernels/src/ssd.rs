@@ -10,6 +10,7 @@ mod parts;
 use crate::autograd::apply;
 use crate::composed::{Kept, band, composes, wide};
 use crate::cpu::Level;
+use crate::cut::cut;
 use crate::heads::{join_heads, split_heads};
 use candle_core::{DType, DeviceLocation, Result, Tensor, bail};
 use fused::Fused;
@@ -106,10 +107,10 @@ impl Scan<'_> {
         let split = op.y_len();
         let start = self.start(&s)?;
         let both = apply(op, &[self.x, self.dt, self.a, self.b, self.c, &start])?;
-        let last = both.narrow(0, split, start.elem_count())?;
+        let both = cut(&both, &[split, start.elem_count()])?;
         Ok((
-            both.narrow(0, 0, split)?.reshape(self.x.shape())?,
-            last.reshape(start.shape())?,
+            both[0].reshape(self.x.shape())?,
+            both[1].reshape(start.shape())?,
         ))
     }
 

@@ -254,7 +254,7 @@ impl Attend for CausalAttention<'_> {
                 self.lengths.iter().sum::<usize>()
             );
         }
-        if self.cache.is_none() && composes(query) && self.alike() && c.plain_scores() {
+        if self.cache.is_none() && self.alike() && c.plain_scores() {
             return self.together(layer, query, key, value);
         }
         // [tokens, heads head_dim] -> [heads, tokens, head_dim]
@@ -310,7 +310,7 @@ impl CausalAttention<'_> {
         first > 0 && self.lengths.iter().all(|&length| length == first)
     }
 
-    /// Documents of one length in one operation, as on the GPU, where each operation has a cost of its own: sizes as those of
+    /// Documents of one length in one operation, because each operation has a cost of its own: sizes as those of
     /// [`attend`](Attend::attend).
     fn together(
         &self,

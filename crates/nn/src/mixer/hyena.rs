@@ -7,6 +7,7 @@ use super::modes::{Affine, convolve, short_conv};
 use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear};
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{Result, Tensor, bail};
+use longspan_kernels::cut::cut;
 use serde::{Deserialize, Serialize};
 
 /// Hyper-parameters of [`Hyena`].
@@ -200,18 +201,18 @@ impl SequenceMixer for Hyena {
             .pad_with_zeros(1, taps - 1 - back, 0)?;
         let short =
             short_conv(&recent, &self.short_weight.squeeze(1)?)?.broadcast_add(&self.short_bias)?;
-        let part = |index: usize| short.narrow(2, index * d, d);
+        let parts = cut(&short, &vec![d; order + 1])?;
         let filter = self.filter(seen + length)?; // [seen + length, d (order - 1)]
         let filter = filter
             .reshape((seen + length, d, order - 1))?
             .permute((2, 1, 0))?
             .contiguous()?; // [order - 1, d, seen + length]
         let bias = self.bias.reshape((d, order - 1))?;
-        let mut v = part(order)?;
+        let mut v = parts[order].clone();
         let mut kept = vec![("projected".to_string(), whole)];
         for j in (1..order).rev() {
             let m = order - 1 - j;
-            v = (v * part(j)?)?;
+            v = (v * &parts[j])?;
             let name = format!("values{m}");
             let history = match state {
                 Some(state) => Tensor::cat(&[state.get(&name)?, &v], 1)?,
@@ -222,7 +223,7 @@ impl SequenceMixer for Hyena {
             v = (y.narrow(1, seen, length)? + skip)?;
             kept.push((name, history));
         }
-        let y = self.output.apply(&(v * part(0)?)?)?;
+        let y = self.output.apply(&(v * &parts[0])?)?;
         debug_assert_eq!(y.dims(), [batch, length, d]);
         let next = state.map(|state| MixerState {
             tensors: kept.into_iter().collect(),

@@ -10,6 +10,7 @@ use super::{MixerSpec, MixerState, SequenceMixer, StateKind};
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{DType, Result, Tensor, Var, bail};
 use longspan_data::random::Random;
+use longspan_kernels::cut::cut;
 use longspan_kernels::vq::{VqAttention, straight_through, vq_assign};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -227,8 +228,8 @@ impl LongVq {
     /// Queries, keys, values and gates of xn and its memory.
     fn projections(&self, xn: &Tensor, memory: &Tensor) -> Result<Projected> {
         let (d, dk, e) = (self.d_model, self.config.key_dim, self.value_dim);
-        let base = self.base_proj.apply(memory)?;
-        let z = base.narrow(2, d, dk)?.silu()?;
+        let base = cut(&self.base_proj.apply(memory)?, &[d, dk, e, d])?;
+        let z = base[1].silu()?;
         let scaled = |row: usize| {
             let gain = self.qk_gain.narrow(0, row, 1)?.squeeze(0)?;
             let bias = self.qk_bias.narrow(0, row, 1)?.squeeze(0)?;
@@ -237,9 +238,9 @@ impl LongVq {
         };
         Ok(Projected {
             v: self.v_proj.apply(xn)?.silu()?,
-            u: sigmoid(&base.narrow(2, 0, d)?)?,
-            r: base.narrow(2, d + dk, e)?.silu()?,
-            hx: base.narrow(2, d + dk + e, d)?,
+            u: sigmoid(&base[0])?,
+            r: base[2].silu()?,
+            hx: base[3].clone(),
             q: scaled(0)?,
             k: scaled(1)?,
         })

@@ -3,11 +3,12 @@
 //! Tensor names, splits and numerics are those of Hugging Face's `MambaMixer` (arXiv 2312.00752), so its checkpoints load
 //! without a map.
 
-use super::modes::short_conv;
 use super::{MixerSpec, MixerState, SequenceMixer, StateKind, linear};
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{Result, Tensor, bail};
 use longspan_kernels::autograd::softplus;
+use longspan_kernels::cut::cut;
+use longspan_kernels::learn;
 use longspan_kernels::selective::SelectiveScan;
 use serde::{Deserialize, Serialize};
 
@@ -143,34 +144,30 @@ impl SequenceMixer for Mamba {
         }
         let (inner, taps, n) = (self.inner, self.config.conv_kernel, self.config.state_size);
         let both = linear(x, &self.in_proj, self.in_bias.as_ref())?;
-        let (u, z) = (both.narrow(2, 0, inner)?, both.narrow(2, inner, inner)?);
+        let both = cut(&both, &[inner, inner])?;
+        let (u, z) = (&both[0], &both[1]);
         let before = match state {
             // [batch, inner, taps] -> [batch, taps, inner]
             Some(state) => state.get("conv")?.transpose(1, 2)?.contiguous()?,
             None => Tensor::zeros((batch, taps, inner), x.dtype(), x.device())?,
         };
-        let padded = Tensor::cat(&[&before, &u], 1)?;
-        let mut u = short_conv(
-            &padded.narrow(1, 1, taps - 1 + length)?,
-            &self.conv.squeeze(1)?,
-        )?;
-        if let Some(bias) = &self.conv_bias {
-            u = u.broadcast_add(bias)?;
-        }
-        let u = u.silu()?;
-        let parts = linear(&u, &self.x_proj, None)?;
-        let dt = linear(&parts.narrow(2, 0, self.rank)?, &self.dt_proj, None)?;
+        let padded = Tensor::cat(&[&before, u], 1)?;
+        let weight = self.conv.squeeze(1)?;
+        let u = learn::depthwise_conv(&padded, &weight, self.conv_bias.as_ref())?;
+        let u = learn::silu_gate(&u, None)?;
+        let parts = cut(&linear(&u, &self.x_proj, None)?, &[self.rank, n, n])?;
+        let dt = linear(&parts[0], &self.dt_proj, None)?;
         let dt = softplus(&dt.broadcast_add(&self.dt_bias)?)?;
         let scan = SelectiveScan {
             u: &u,
             dt: &dt,
             a: &self.a_log.exp()?.neg()?,
-            b: &parts.narrow(2, self.rank, n)?,
-            c: &parts.narrow(2, self.rank + n, n)?,
+            b: &parts[1],
+            c: &parts[2],
             state: state.map(|state| state.get("ssm")).transpose()?,
         };
         let (y, ssm) = scan.run()?;
-        let y = ((y + u.broadcast_mul(&self.d)?)? * z.silu()?)?;
+        let y = learn::silu_gate(z, Some(&learn::skip(&y, &u, &self.d)?))?;
         let y = linear(&y, &self.out_proj, self.out_bias.as_ref())?;
         let next = match state {
             None => None,

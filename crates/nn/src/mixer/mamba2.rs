@@ -8,6 +8,7 @@ use crate::model::stack::rms_norm;
 use crate::params::{Init, ParamGroup, Params};
 use candle_core::{D, Result, Tensor, bail};
 use longspan_kernels::autograd::softplus;
+use longspan_kernels::cut::cut;
 use longspan_kernels::learn;
 use longspan_kernels::ssd::Scan;
 use longspan_kernels::ssd_policy::{Repair, RepairState, repaired};
@@ -261,17 +262,19 @@ impl SequenceMixer for Mamba2 {
         }
         let (inner, wide, heads) = (self.inner, self.wide(), self.heads);
         // One product for each part: cutting the weights costs less than cutting what they give, and its gradient.
-        let project = |start: usize, rows: usize| -> Result<Tensor> {
-            let bias = self
-                .in_bias
-                .as_ref()
-                .map(|bias| bias.narrow(0, start, rows));
-            let weight = self.in_proj.narrow(0, start, rows)?;
-            linear(x, &weight, bias.transpose()?.as_ref())
+        let rows = [inner, wide, heads];
+        let d_model = self.in_proj.dim(1)?;
+        let weights = cut(
+            &self.in_proj.flatten_all()?,
+            &rows.map(|rows| rows * d_model),
+        )?;
+        let biases = self.in_bias.as_ref().map(|bias| cut(bias, &rows));
+        let biases = biases.transpose()?;
+        let project = |part: usize| -> Result<Tensor> {
+            let weight = weights[part].reshape((rows[part], d_model))?;
+            linear(x, &weight, biases.as_ref().map(|biases| &biases[part]))
         };
-        let z = project(0, inner)?;
-        let xbc = project(inner, wide)?;
-        let dt = project(inner + wide, heads)?;
+        let (z, xbc, dt) = (project(0)?, project(1)?, project(2)?);
         // Causal depthwise convolution, the last inputs of the state (or zeros) before it.
         let taps = c.conv_kernel;
         let before = match state {
@@ -282,16 +285,10 @@ impl SequenceMixer for Mamba2 {
         let padded = Tensor::cat(&[&before, &xbc], 1)?; // [batch, taps + length, wide]
         let xbc = self.convolved(&padded)?;
         let (groups, n) = (c.n_groups, c.state_size);
-        let heads_of_x = xbc
-            .narrow(2, 0, inner)?
-            .contiguous()?
-            .reshape((batch, length, heads, c.head_dim))?;
-        let group = |start: usize| {
-            xbc.narrow(2, start, groups * n)?
-                .contiguous()?
-                .reshape((batch, length, groups, n))
-        };
-        let (b, read) = (group(inner)?, group(inner + groups * n)?);
+        let parts = cut(&xbc, &[inner, groups * n, groups * n])?;
+        let heads_of_x = parts[0].reshape((batch, length, heads, c.head_dim))?;
+        let group = |part: &Tensor| part.reshape((batch, length, groups, n));
+        let (b, read) = (group(&parts[1])?, group(&parts[2])?);
         let mut dt = softplus(&dt.broadcast_add(&self.dt_bias)?)?;
         let (low, high) = c.time_step_limit;
         if low > 0.0 {
@@ -316,8 +313,8 @@ impl SequenceMixer for Mamba2 {
             state: state.map(|state| state.get("ssm")).transpose()?,
         };
         let (y, kept) = self.scanned(&scan, state)?;
-        let skip = heads_of_x.broadcast_mul(&self.d.reshape((1, 1, heads, 1))?)?;
-        let y = (y + skip)?.reshape((batch, length, inner))?;
+        let y = y.reshape((batch, length, inner))?;
+        let y = learn::skip(&y, &parts[0], &self.d)?;
         // Gate first, then RMS over each group's share of the width.
         let y = learn::silu_gate(&z, Some(&y))?;
         let y = if groups == 1 {
