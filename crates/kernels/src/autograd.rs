@@ -3,10 +3,10 @@
 //! A [`Kernel`] says what it computes and how gradients come back; [`apply`] makes it an operation of candle's graph
 //! with any number of inputs, in f32 or f64 (f64 is for tests and for what f32 cannot hold), on the CPU.
 
-use crate::composed::{Composed, composes, node, sigmoid};
+use crate::composed::{Composed, composes, node, number, sigmoid};
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
-    WithDType, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape,
+    Storage, Tensor, WithDType, bail,
 };
 use rustfft::num_traits::Float;
 use std::any::Any;
@@ -167,7 +167,7 @@ struct Op<K> {
 }
 
 /// Gradients on their way, by input.
-type Gradients = Mutex<Vec<Option<Tensor>>>;
+pub(crate) type Gradients = Mutex<Vec<Option<Tensor>>>;
 
 /// A number that depends on up to three tensors in the graph alone. Its backward pass comes after that of the operation it
 /// is an input of, which has left the tensors' gradients.
@@ -178,7 +178,7 @@ struct Carrier {
 }
 
 /// One number that stands for all these tensors.
-fn carry(tensors: &[Tensor], gradients: &Arc<Gradients>) -> Result<Tensor> {
+pub(crate) fn carry(tensors: &[Tensor], gradients: &Arc<Gradients>) -> Result<Tensor> {
     let mut carriers = Vec::new();
     for (at, tensors) in tensors.chunks(3).enumerate() {
         let first = 3 * at;
@@ -200,13 +200,6 @@ fn carry(tensors: &[Tensor], gradients: &Arc<Gradients>) -> Result<Tensor> {
 }
 
 impl Carrier {
-    fn forward(storage: &CpuStorage) -> Result<(CpuStorage, Shape)> {
-        match storage {
-            CpuStorage::F64(_) => Ok((CpuStorage::F64(vec![0.0]), Shape::from(1))),
-            _ => Ok((CpuStorage::F32(vec![0.0]), Shape::from(1))),
-        }
-    }
-
     fn take(&self) -> impl Iterator<Item = Option<Tensor>> {
         let mut gradients = self.gradients.lock().unwrap_or_else(|e| e.into_inner());
         let taken = gradients[self.places.clone()].iter_mut().map(Option::take);
@@ -220,7 +213,11 @@ impl CustomOp1 for Carrier {
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Self::forward(s)
+        number(s)
+    }
+
+    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        number(s)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
@@ -240,7 +237,17 @@ impl CustomOp2 for Carrier {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::forward(s)
+        number(s)
+    }
+
+    fn cuda_fwd(
+        &self,
+        s: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        number(s)
     }
 
     fn bwd(
@@ -270,7 +277,19 @@ impl CustomOp3 for Carrier {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Self::forward(s)
+        number(s)
+    }
+
+    fn cuda_fwd(
+        &self,
+        s: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        number(s)
     }
 
     fn bwd(
@@ -473,6 +492,19 @@ impl<K: Kernel> CustomOp3 for Op<K> {
         let mut next = || parts.next().flatten();
         Ok((next(), next(), next()))
     }
+}
+
+/// A number whose gradient gives `x` this gradient, of its shape: where a backward pass goes on from another graph.
+pub fn seeded(x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    if x.dims() != gradient.dims() {
+        bail!(
+            "seeded: found a gradient {:?} of {:?}, expected the same shape",
+            gradient.dims(),
+            x.dims()
+        );
+    }
+    let gradients: Arc<Gradients> = Arc::new(Mutex::new(vec![Some(gradient.detach())]));
+    carry(std::slice::from_ref(x), &gradients)
 }
 
 /// ln(1 + e^x) elementwise, exact for small results too: x to the same shape.

@@ -6,6 +6,7 @@ use crate::composed::{Composed, band, composes, node, wide};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, add_product, product, uninit};
 use crate::gpu;
+use crate::heads::{Angles, Heads, Sizes};
 use crate::learn::composed::{Seen, softmax_pull};
 use crate::learn::{levels, softmax_naive};
 use crate::pool::{Pool, SharedMut};
@@ -64,6 +65,191 @@ pub fn causal_attention(
         log_sums: Saved::default(),
     };
     apply(op, &[query, key, value])
+}
+
+/// Where the tokens of [`document_attention`] belong.
+#[derive(Clone, Copy)]
+pub struct Documents<'a> {
+    /// Documents, one behind the other, all of one length.
+    pub count: usize,
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// How queries and keys turn by position; none: not at all.
+    pub angles: Option<Angles<'a>>,
+    /// Factor of the products.
+    pub scale: f64,
+    /// As in [`causal_attention`].
+    pub window: usize,
+}
+
+/// [`causal_attention`] inside each of several documents, heads split, turned and joined on the way, as one operation: query
+/// [tokens, heads d], key and value [tokens, kv_heads d] to [tokens, heads d].
+pub fn document_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    documents: Documents<'_>,
+) -> Result<Tensor> {
+    let Documents {
+        count,
+        heads,
+        kv_heads,
+        angles,
+        scale,
+        window,
+    } = documents;
+    let of = |x: &Tensor, heads, angles| Heads::new(x.dims2()?, count, heads, angles);
+    let queries = of(query, heads, angles)?;
+    let keys = of(key, kv_heads, angles)?;
+    let values = of(value, kv_heads, None)?;
+    let (q, k) = (queries.sizes(), keys.sizes());
+    if !heads.is_multiple_of(kv_heads)
+        || (q.length, q.width) != (k.length, k.width)
+        || key.dims() != value.dims()
+        || window == 0
+    {
+        bail!(
+            "document attention: found query {:?} of {heads} heads, key {:?} and value {:?} of {kv_heads}, window {window}, \
+             expected heads of one width, a whole number of queries' for each of keys, and a window of 1 or more",
+            query.dims(),
+            key.dims(),
+            value.dims()
+        );
+    }
+    if q.length == 0 {
+        return Ok(query.clone());
+    }
+    if composes(query) {
+        let op = DocumentBlocks {
+            outputs: of(query, heads, None)?,
+            queries,
+            keys,
+            values,
+            blocks: Blocks {
+                scale,
+                window,
+                most: SCORES,
+            },
+        };
+        return node(op, &[query, key, value]);
+    }
+    let op = DocumentRows {
+        queries: q,
+        keys: k,
+        values: values.sizes(),
+        causal: Causal {
+            level: Level::current(),
+            heads: count * heads,
+            kv_heads: count * kv_heads,
+            t: q.length,
+            s: k.length,
+            d: q.width,
+            scale,
+            window,
+            log_sums: Saved::default(),
+        },
+    };
+    match angles {
+        Some((cos, sin)) => apply(op, &[query, key, value, cos, sin]),
+        None => apply(op, &[query, key, value]),
+    }
+}
+
+struct DocumentBlocks {
+    queries: Heads,
+    keys: Heads,
+    values: Heads,
+    /// As queries, not turned.
+    outputs: Heads,
+    blocks: Blocks,
+}
+
+impl DocumentBlocks {
+    fn split(&self, x: &[Tensor]) -> Result<[Tensor; 3]> {
+        Ok([
+            self.queries.split(&x[0])?,
+            self.keys.split(&x[1])?,
+            self.values.split(&x[2])?,
+        ])
+    }
+}
+
+impl Composed for DocumentBlocks {
+    fn name(&self) -> &'static str {
+        "document_attention"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        let y = self.blocks.forward(&self.split(x)?)?;
+        self.outputs.join(&y)
+    }
+
+    fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        let gradient = self.outputs.split(gradient)?;
+        let grads = self
+            .blocks
+            .backward(&self.split(x)?, &gradient, &gradient)?;
+        Ok(vec![
+            self.queries.join(&grads[0])?,
+            self.keys.join(&grads[1])?,
+            self.values.join(&grads[2])?,
+        ])
+    }
+}
+
+struct DocumentRows {
+    queries: Sizes,
+    keys: Sizes,
+    values: Sizes,
+    causal: Causal,
+}
+
+impl DocumentRows {
+    fn split<T: Real>(&self, inputs: &[&[T]]) -> [Vec<T>; 3] {
+        let angles = turns(inputs);
+        [
+            self.queries.split(inputs[0], angles),
+            self.keys.split(inputs[1], angles),
+            self.values.split(inputs[2], None),
+        ]
+    }
+}
+
+/// cos and sin among the inputs of [`DocumentRows`].
+fn turns<'a, T>(inputs: &[&'a [T]]) -> Option<(&'a [T], &'a [T])> {
+    inputs.get(3).map(|cos| (*cos, inputs[4]))
+}
+
+impl Kernel for DocumentRows {
+    fn name(&self) -> &'static str {
+        "document_attention"
+    }
+
+    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
+        let s = self.queries;
+        let [q, k, v] = self.split(inputs);
+        let (y, _) = self.causal.forward(&[&q[..], &k, &v]);
+        let shape = vec![s.documents * s.length, s.heads * s.width];
+        (s.join(&y, None), shape)
+    }
+
+    fn backward<T: Real>(&self, inputs: &[&[T]], output: &[T], gradient: &[T]) -> Vec<Vec<T>> {
+        let angles = turns(inputs);
+        let [q, k, v] = self.split(inputs);
+        let y = self.queries.split(output, None);
+        let gradient = self.queries.split(gradient, None);
+        let grads = self.causal.backward(&[&q[..], &k, &v], &y, &gradient);
+        let mut out = vec![
+            self.queries.join(&grads[0], angles),
+            self.keys.join(&grads[1], angles),
+            self.values.join(&grads[2], None),
+        ];
+        // Angles are constants.
+        out.resize(inputs.len(), Vec::new());
+        out
+    }
 }
 
 /// Scores that exist at a time in the composed form.

@@ -2,6 +2,7 @@
 //! 16 bits. Each is one node of the graph with an analytic gradient, because candle's own gradients
 //! of a composition cost several launches for every operation in it.
 
+use crate::autograd::{Gradients, carry};
 use crate::gpu;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
@@ -9,7 +10,7 @@ use candle_core::{
     Shape, Storage, Tensor, bail,
 };
 use std::cell::Cell;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 thread_local! {
     static FORCED: Cell<bool> = const { Cell::new(false) };
@@ -38,7 +39,8 @@ pub trait Composed: Send + Sync + 'static {
     fn backward(&self, x: &[Tensor], y: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>>;
 }
 
-/// Runs a composition of one to three inputs as one differentiable operation.
+/// Runs a composition as one differentiable operation; inputs behind the second of more than three are carried, as by
+/// [`apply`](crate::autograd::apply).
 pub fn node<C: Composed>(op: C, inputs: &[&Tensor]) -> Result<Tensor> {
     if let Some(input) = inputs.iter().find(|input| !input.dtype().is_float()) {
         bail!("{}: found {:?}, expected floats", op.name(), input.dtype());
@@ -49,20 +51,25 @@ pub fn node<C: Composed>(op: C, inputs: &[&Tensor]) -> Result<Tensor> {
         return Ok(y);
     }
     let shape = y.shape().clone();
-    let node = Node {
+    let mut node = Node {
         op,
         shape,
         value: Mutex::new(Some(y.contiguous()?)),
+        carried: Vec::new(),
+        gradients: Arc::default(),
     };
     match inputs {
         [a] => a.apply_op1(node),
         [a, b] => a.apply_op2(b, node),
         [a, b, c] => a.apply_op3(b, c, node),
-        _ => bail!(
-            "{}: found {} inputs, expected 1 to 3",
-            node.op.name(),
-            inputs.len()
-        ),
+        [a, b, rest @ ..] => {
+            let asked = rest.iter().map(|input| input.track_op());
+            node.carried = plain[2..].iter().cloned().zip(asked).collect();
+            let rest: Vec<Tensor> = rest.iter().map(|&input| input.clone()).collect();
+            let carrier = carry(&rest, &node.gradients)?;
+            a.apply_op3(b, &carrier, node)
+        }
+        [] => bail!("{}: no inputs", node.op.name()),
     }
 }
 
@@ -76,6 +83,10 @@ struct Node<C> {
     shape: Shape,
     /// The output, until candle has taken it.
     value: Mutex<Option<Tensor>>,
+    /// The third input and further ones, if there are more than three, and whether their gradients are asked.
+    carried: Vec<(Tensor, bool)>,
+    /// Their gradients, from the backward pass of this operation to those of its carriers.
+    gradients: Arc<Gradients>,
 }
 
 impl<C: Composed> Node<C> {
@@ -100,29 +111,58 @@ impl<C: Composed> Node<C> {
     }
 
     fn cuda(&self, inputs: &[&CudaStorage]) -> Result<(CudaStorage, Shape)> {
-        let value = self.take()?;
-        if let Some(storage) = gpu::take_over(&value, inputs)? {
-            return Ok((storage, self.shape.clone()));
-        }
-        let (storage, layout) = value.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((whole(storage, layout)?, self.shape.clone())),
-            _ => bail!(
-                "{}: its inputs lie on a GPU, its output does not",
-                self.op.name()
-            ),
-        }
+        on_gpu(self.op.name(), &self.take()?, inputs)
     }
 
     fn gradients(&self, args: &[&Tensor], y: &Tensor, g: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let parts = self
-            .op
-            .backward(&plain(args)?, &y.detach(), &g.contiguous()?)?;
-        let parts = parts.into_iter().zip(args);
-        Ok(parts
-            .map(|(part, arg)| arg.track_op().then_some(part))
-            .collect())
+        let own = args.len() - usize::from(!self.carried.is_empty());
+        let mut inputs = plain(&args[..own])?;
+        inputs.extend(self.carried.iter().map(|(input, _)| input.clone()));
+        let parts = self.op.backward(&inputs, &y.detach(), &g.contiguous()?)?;
+        let mut parts = parts.into_iter();
+        let mut found: Vec<Option<Tensor>> = args[..own]
+            .iter()
+            .zip(&mut parts)
+            .map(|(arg, part)| arg.track_op().then_some(part))
+            .collect();
+        if let Some(carrier) = args.get(own) {
+            let carried = self.carried.iter().zip(parts);
+            let carried = carried.map(|((_, asked), part)| asked.then_some(part));
+            let carried = carried.collect();
+            *self.gradients.lock().unwrap_or_else(|e| e.into_inner()) = carried;
+            found.push(match carrier.track_op() {
+                true => Some(carrier.zeros_like()?),
+                false => None,
+            });
+        }
+        Ok(found)
     }
+}
+
+/// The elements of a tensor that an operation has made: its own memory if nothing else holds that, else a copy.
+pub(crate) fn on_gpu(
+    name: &str,
+    value: &Tensor,
+    inputs: &[&CudaStorage],
+) -> Result<(CudaStorage, Shape)> {
+    if let Some(storage) = gpu::take_over(value, inputs)? {
+        return Ok((storage, value.shape().clone()));
+    }
+    let (storage, layout) = value.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => Ok((whole(storage, layout)?, value.shape().clone())),
+        _ => bail!("{name}: its inputs lie on a GPU, its output does not"),
+    }
+}
+
+/// One zero of the type and on the device of `like`.
+pub(crate) fn number<S>(like: &S) -> Result<(S, Shape)>
+where
+    S: BackendStorage,
+    S::Device: BackendDevice<Storage = S>,
+{
+    let shape = Shape::from(1);
+    Ok((like.device().zeros_impl(&shape, like.dtype())?, shape))
 }
 
 /// A copy of a contiguous tensor's elements alone.

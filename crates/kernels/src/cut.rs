@@ -2,12 +2,13 @@
 //! gradient as large as the whole, and add them all.
 
 use crate::autograd::on_cpu;
-use crate::composed::composes;
+use crate::composed::{number, on_gpu};
 use crate::dense::uninit;
 use crate::elementwise::split_rows;
 use crate::pool::SharedMut;
 use candle_core::{
-    CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Tensor, WithDType, bail,
+    CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, WithDType,
+    bail,
 };
 use std::sync::{Arc, Mutex};
 
@@ -25,7 +26,7 @@ pub fn cut(x: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
         *next += width;
         Some((first, width))
     });
-    if composes(x) || !x.track_op() || !matches!(x.dtype(), DType::F32 | DType::F64) {
+    if !x.track_op() {
         return places
             .map(|(first, width)| x.narrow(D::Minus1, first, width)?.contiguous())
             .collect();
@@ -55,13 +56,6 @@ pub fn cut(x: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
 
 /// Gradients of the parts, from their backward passes to that of the whole.
 type Gradients = Mutex<Vec<Option<Tensor>>>;
-
-fn number(like: &CpuStorage) -> (CpuStorage, Shape) {
-    match like {
-        CpuStorage::F64(_) => (CpuStorage::F64(vec![0.0]), Shape::from(1)),
-        _ => (CpuStorage::F32(vec![0.0]), Shape::from(1)),
-    }
-}
 
 struct Hub {
     widths: Vec<usize>,
@@ -105,13 +99,36 @@ impl Hub {
     }
 }
 
+impl Hub {
+    fn composed(&self, whole: &Tensor, parts: Vec<Option<Tensor>>) -> Result<Tensor> {
+        let parts = parts.into_iter().zip(&self.widths);
+        let parts = parts
+            .filter(|(_, width)| **width > 0)
+            .map(|(part, &width)| match part {
+                Some(part) => part.contiguous(),
+                None => {
+                    let mut shape = whole.dims().to_vec();
+                    if let Some(last) = shape.last_mut() {
+                        *last = width;
+                    }
+                    Tensor::zeros(shape, whole.dtype(), whole.device())
+                }
+            });
+        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, D::Minus1)
+    }
+}
+
 impl CustomOp1 for Hub {
     fn name(&self) -> &'static str {
         "cut"
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(number(s))
+        number(s)
+    }
+
+    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        number(s)
     }
 
     fn bwd(&self, whole: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
@@ -120,10 +137,12 @@ impl CustomOp1 for Hub {
             &mut *self.gradients.lock().unwrap_or_else(|e| e.into_inner()),
             none,
         );
-        match whole.dtype() {
-            DType::F64 => self.joined::<f64>(whole, &parts).map(Some),
-            _ => self.joined::<f32>(whole, &parts).map(Some),
-        }
+        let joined = match (whole.device(), whole.dtype()) {
+            (Device::Cpu, DType::F64) => self.joined::<f64>(whole, &parts),
+            (Device::Cpu, DType::F32) => self.joined::<f32>(whole, &parts),
+            _ => self.composed(whole, parts),
+        };
+        joined.map(Some)
     }
 }
 
@@ -167,9 +186,17 @@ impl CustomOp1 for Part {
         }
         let out = match s {
             CpuStorage::F64(_) => self.copied::<f64>()?,
-            _ => self.copied::<f32>()?,
+            CpuStorage::F32(_) => self.copied::<f32>()?,
+            CpuStorage::BF16(_) => self.copied::<half::bf16>()?,
+            CpuStorage::F16(_) => self.copied::<half::f16>()?,
+            _ => bail!("cut: found {:?}, expected floats", self.whole.dtype()),
         };
         Ok((out, Shape::from(shape)))
+    }
+
+    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let part = self.whole.narrow(D::Minus1, self.first, self.width)?;
+        on_gpu("cut", &part.force_contiguous()?, &[s])
     }
 
     fn bwd(&self, hub: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {

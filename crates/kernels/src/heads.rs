@@ -40,7 +40,7 @@ pub fn join_heads(x: &Tensor, documents: usize) -> Result<Tensor> {
     }
 }
 
-struct Heads {
+pub(crate) struct Heads {
     documents: usize,
     heads: usize,
     length: usize,
@@ -49,7 +49,7 @@ struct Heads {
 }
 
 impl Heads {
-    fn new(
+    pub(crate) fn new(
         (tokens, all): (usize, usize),
         documents: usize,
         heads: usize,
@@ -80,7 +80,7 @@ impl Heads {
         })
     }
 
-    fn sizes(&self) -> Sizes {
+    pub(crate) fn sizes(&self) -> Sizes {
         Sizes {
             documents: self.documents,
             heads: self.heads,
@@ -123,7 +123,7 @@ impl Heads {
         gpu::one(launch, &[x, cos, sin], shape).map(Some)
     }
 
-    fn split(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn split(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(y) = self.kernel("split_heads", x, &self.split_shape(), 1.0)? {
             return Ok(y);
         }
@@ -134,7 +134,7 @@ impl Heads {
         self.turned(&x, 1.0)?.reshape(&self.split_shape()[..])
     }
 
-    fn join(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn join(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(y) = self.kernel("join_heads", x, &self.joined_shape(), -1.0)? {
             return Ok(y);
         }
@@ -197,11 +197,11 @@ impl Composed for Join {
 
 /// What the CPU's forms go by; `half` coordinates of a head turn with as many others.
 #[derive(Clone, Copy)]
-struct Sizes {
-    documents: usize,
-    heads: usize,
-    length: usize,
-    width: usize,
+pub(crate) struct Sizes {
+    pub(crate) documents: usize,
+    pub(crate) heads: usize,
+    pub(crate) length: usize,
+    pub(crate) width: usize,
     half: usize,
 }
 
@@ -233,39 +233,35 @@ impl Sizes {
     }
 
     /// x [tokens, heads width] to heads apart, turned.
-    fn split<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>) -> Vec<T> {
-        let (half, width) = (self.half, self.width);
-        let mut out = uninit(x.len());
-        let shared = SharedMut::new(&mut out);
-        self.each(|token, together, apart| {
-            // SAFETY: a head of a token has a place of its own.
-            let out = unsafe { shared.slice(apart, width) };
-            let x = &x[together..together + width];
-            let Some((cos, sin)) = angles else {
-                out.copy_from_slice(x);
-                return;
-            };
-            let angles = token * half..(token + 1) * half;
-            turn(x, &cos[angles.clone()], &sin[angles], T::one(), out);
-        });
-        out
+    pub(crate) fn split<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>) -> Vec<T> {
+        self.moved(x, angles, true)
     }
 
     /// The other way, turned back.
-    fn join<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>) -> Vec<T> {
+    pub(crate) fn join<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>) -> Vec<T> {
+        self.moved(x, angles, false)
+    }
+
+    fn moved<T: Real>(&self, x: &[T], angles: Option<(&[T], &[T])>, splits: bool) -> Vec<T> {
         let (half, width) = (self.half, self.width);
+        let sign = if splits { T::one() } else { -T::one() };
         let mut out = uninit(x.len());
         let shared = SharedMut::new(&mut out);
         self.each(|token, together, apart| {
-            // SAFETY: as above.
-            let out = unsafe { shared.slice(together, width) };
-            let x = &x[apart..apart + width];
+            let (from, to) = if splits {
+                (together, apart)
+            } else {
+                (apart, together)
+            };
+            let x = &x[from..from + width];
+            // SAFETY: a head of a token has a place of its own.
+            let out = unsafe { shared.slice(to, width) };
             let Some((cos, sin)) = angles else {
                 out.copy_from_slice(x);
                 return;
             };
             let angles = token * half..(token + 1) * half;
-            turn(x, &cos[angles.clone()], &sin[angles], -T::one(), out);
+            turn(x, &cos[angles.clone()], &sin[angles], sign, out);
         });
         out
     }

@@ -10,7 +10,9 @@ use crate::dense::uninit;
 use crate::elementwise::{copy, split_rows};
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
-use composed::{DepthwiseComposed, RmsNormComposed, SiluGateComposed, SoftmaxComposed};
+use composed::{
+    DepthwiseComposed, RmsNormComposed, SiluGateComposed, SkipComposed, SoftmaxComposed,
+};
 
 /// Compiles a body for each vector width.
 macro_rules! levels {
@@ -394,14 +396,7 @@ pub fn skip(y: &Tensor, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
         );
     }
     if composes(x) {
-        let mut shape = x.dims().to_vec();
-        shape.pop();
-        shape.extend([groups, width / groups]);
-        let scale = scale.reshape((groups, 1))?;
-        return y + x
-            .reshape(shape)?
-            .broadcast_mul(&scale)?
-            .reshape(x.shape())?;
+        return node(SkipComposed, &[y, x, scale]);
     }
     let op = Skip {
         level: Level::current(),

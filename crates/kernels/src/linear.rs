@@ -43,25 +43,20 @@ pub fn residual_linear(
             residual.dims()
         );
     }
+    let biased = bias.is_some();
+    let all = [Some(x), Some(weight), bias, residual];
+    let all: Vec<&Tensor> = all.into_iter().flatten().collect();
     if composes(x) {
-        let y = match bias {
-            Some(bias) => node(LinearComposed, &[x, weight, bias])?,
-            None => node(LinearComposed, &[x, weight])?,
-        };
-        return match residual {
-            Some(residual) => residual + y,
-            None => Ok(y),
-        };
+        return node(LinearComposed { biased }, &all);
     }
     let op = Linear {
         level: Level::current(),
         inputs,
         outputs,
         shape,
-        biased: bias.is_some(),
+        biased,
     };
-    let inputs = [Some(x), Some(weight), bias, residual];
-    apply(op, &inputs.into_iter().flatten().collect::<Vec<_>>())
+    apply(op, &all)
 }
 
 /// The naive twin of [`linear`], of candle operations.
@@ -81,7 +76,10 @@ pub fn linear_naive(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Resul
     y.reshape(shape)
 }
 
-struct LinearComposed;
+struct LinearComposed {
+    /// As in [`Linear`].
+    biased: bool,
+}
 
 impl Composed for LinearComposed {
     fn name(&self) -> &'static str {
@@ -89,20 +87,27 @@ impl Composed for LinearComposed {
     }
 
     fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
-        linear_naive(&x[0], &x[1], x.get(2))
+        let y = linear_naive(&x[0], &x[1], self.biased.then(|| &x[2]))?;
+        match x.get(2 + usize::from(self.biased)) {
+            Some(residual) => residual + y,
+            None => Ok(y),
+        }
     }
 
     fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
         let (outputs, inputs) = x[1].dims2()?;
         let rows = x[0].elem_count() / inputs.max(1);
-        let gradient = gradient.reshape((rows, outputs))?;
+        let flat = gradient.reshape((rows, outputs))?;
         let read = x[0].reshape((rows, inputs))?;
         let mut out = vec![
-            gradient.matmul(&x[1])?.reshape(x[0].shape())?,
-            gradient.t()?.matmul(&read)?,
+            flat.matmul(&x[1])?.reshape(x[0].shape())?,
+            flat.t()?.matmul(&read)?,
         ];
-        if let Some(bias) = x.get(2) {
-            out.push(sum_rows(&gradient)?.to_dtype(bias.dtype())?);
+        if self.biased {
+            out.push(sum_rows(&flat)?.to_dtype(x[2].dtype())?);
+        }
+        if x.len() > out.len() {
+            out.push(gradient.clone());
         }
         Ok(out)
     }

@@ -2,13 +2,16 @@
 //! `n = rms_norm(x)`: what stands between its products is read and written once each way, and the graph holds one node.
 
 use crate::autograd::{Kernel, Real, Saved, apply};
+use crate::composed::{Composed, composes, node};
 use crate::cpu::Level;
 use crate::dense::{Left, Packed, uninit};
 use crate::elementwise::{copy, split_rows};
+use crate::learn::composed::{RmsNormComposed, SiluGateComposed};
 use crate::learn::{levels, norm_all, norm_back_all, silu_rows};
-use crate::linear::shared_product;
+use crate::linear::{linear_naive, shared_product};
 use crate::pool::SharedMut;
 use candle_core::{Result, Tensor, bail};
+use std::sync::Mutex;
 
 /// Weights of [`gated_mlp`]: norm [width], gate and up [inner, width], down [width, inner].
 #[derive(Clone, Copy)]
@@ -23,7 +26,7 @@ pub struct GatedWeights<'a> {
     pub down: &'a Tensor,
 }
 
-/// x [tokens, width] to the same, all f32 or all f64, on the CPU; `eps` is the norm's.
+/// x [tokens, width] to the same, all of one type; `eps` is the norm's.
 pub fn gated_mlp(x: &Tensor, weights: GatedWeights<'_>, eps: f64) -> Result<Tensor> {
     let GatedWeights {
         norm,
@@ -48,6 +51,10 @@ pub fn gated_mlp(x: &Tensor, weights: GatedWeights<'_>, eps: f64) -> Result<Tens
             down.dims()
         );
     }
+    let inputs = [x, norm, gate, up, down];
+    if composes(x) {
+        return node(GatedComposed::new(eps), &inputs);
+    }
     let op = GatedMlp {
         level: Level::current(),
         width,
@@ -55,7 +62,64 @@ pub fn gated_mlp(x: &Tensor, weights: GatedWeights<'_>, eps: f64) -> Result<Tens
         eps,
         saved: Saved::default(),
     };
-    apply(op, &[x, norm, gate, up, down])
+    apply(op, &inputs)
+}
+
+/// The same of tensor operations.
+struct GatedComposed {
+    norm: RmsNormComposed,
+    /// What the norm, the gate and up gave.
+    saved: Mutex<Vec<Tensor>>,
+}
+
+impl GatedComposed {
+    fn new(eps: f64) -> Self {
+        GatedComposed {
+            norm: RmsNormComposed { eps },
+            saved: Mutex::default(),
+        }
+    }
+}
+
+impl Composed for GatedComposed {
+    fn name(&self) -> &'static str {
+        "gated_mlp"
+    }
+
+    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
+        let normed = self.norm.forward(&x[..2])?;
+        let pair = [
+            linear_naive(&normed, &x[2], None)?,
+            linear_naive(&normed, &x[3], None)?,
+        ];
+        let hidden = SiluGateComposed.forward(&pair)?;
+        let y = (&x[0] + linear_naive(&hidden, &x[4], None)?)?;
+        let [gates, ups] = pair;
+        *self.saved.lock().unwrap_or_else(|e| e.into_inner()) = vec![normed, gates, ups];
+        Ok(y)
+    }
+
+    fn backward(&self, x: &[Tensor], y: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        let saved = self.saved.lock().unwrap_or_else(|e| e.into_inner());
+        let [normed, pair @ ..] = &saved[..] else {
+            bail!("gated_mlp: backward without forward")
+        };
+        let hidden = SiluGateComposed.forward(pair)?;
+        let grad_hidden = gradient.matmul(&x[4])?;
+        let grad_down = gradient.t()?.matmul(&hidden)?;
+        let slopes = SiluGateComposed.backward(pair, &hidden, &grad_hidden)?;
+        let grad_gate = slopes[0].t()?.matmul(normed)?;
+        let grad_up = slopes[1].t()?.matmul(normed)?;
+        let grad_normed = (slopes[0].matmul(&x[2])? + slopes[1].matmul(&x[3])?)?;
+        let back = self.norm.backward(&x[..2], y, &grad_normed)?;
+        Ok(vec![
+            (&back[0] + gradient)?,
+            back[1].clone(),
+            grad_gate,
+            grad_up,
+            grad_down,
+        ])
+    }
 }
 
 levels!(gate_back / gate_back_body / gate_back_wide / gate_back_middle (
@@ -215,7 +279,6 @@ mod tests {
     use crate::autograd::gradient_error;
     use crate::harness::{distance, flat, tensor};
     use crate::learn::{rms_norm, silu_gate};
-    use crate::linear::linear_naive;
 
     fn inputs(tokens: usize, width: usize, inner: usize) -> Vec<Tensor> {
         let shapes = [

@@ -347,7 +347,6 @@ pub fn gated_mlp(
         && learns(x, std::slice::from_ref(last))
         && [first, second, last].iter().all(|part| part.bias.is_none())
         && norm.weight.dtype() == x.dtype()
-        && !composes(x)
     {
         let weights = GatedWeights {
             norm: &norm.weight,

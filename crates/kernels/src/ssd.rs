@@ -4,17 +4,17 @@
 //! of chunk size: one operation on the CPU (`fused`), a composition of candle's elsewhere. Differentiable, also in the carried
 //! state. Decays are differences of running sums inside one chunk, at most 0, so nothing grows.
 
+mod composed;
 mod fused;
 mod parts;
 
 use crate::autograd::apply;
-use crate::composed::{Kept, band, composes, wide};
+use crate::composed::{Kept, band, composes, node};
 use crate::cpu::Level;
 use crate::cut::cut;
-use crate::heads::{join_heads, split_heads};
-use candle_core::{DType, DeviceLocation, Result, Tensor, bail};
+use candle_core::{DType, Device, DeviceLocation, Result, Tensor, bail};
+use composed::Chunked;
 use fused::Fused;
-use parts::{decayed, scale_rows};
 
 /// Inputs of a scan, f32 or f64.
 pub struct Scan<'a> {
@@ -122,81 +122,13 @@ impl Scan<'_> {
         if s.length == 0 {
             return Ok((self.x.clone(), start));
         }
-        let (dtype, device) = (self.x.dtype(), self.x.device());
-        let q = chunk.min(s.length);
-        let chunks = s.length.div_ceil(q);
-        let (groups, n, p) = (self.b.dim(2)?, s.state, s.head_dim);
-        let share = s.heads / groups;
-        let all = s.batch * chunks;
-        // Steps of size 0 neither forget nor write.
-        let padded = |t: &Tensor| t.pad_with_zeros(1, 0, chunks * q - s.length);
-        // [batch, length, count, width] -> [batch chunks count, q, width]
-        let cut = |t: &Tensor, count: usize, width: usize| {
-            let t = padded(t)?.reshape((all * q, count * width))?;
-            match count {
-                1 => t.reshape((all, q, width)),
-                _ => split_heads(&t, all, count, None),
-            }
-        };
-        let dt = cut(&wide(self.dt)?, s.heads, 1)?; // [all heads, q, 1]
-        let log_decay = dt
-            .reshape((all, s.heads, q))?
-            .broadcast_mul(&wide(self.a)?.reshape((1, s.heads, 1))?)?;
-        // Inclusive running sums c_i = Σ_{k<=i} dt_k A, in f64: products with ones may be made in fewer digits elsewhere.
-        let sum = running(&log_decay.reshape((all * s.heads, q))?)?; // [all heads, q]
-        let last = sum.narrow(1, q - 1, 1)?; // [all heads, 1]
-        let x = cut(self.x, s.heads, p)?;
-        let x = scale_rows(&x, &dt.squeeze(2)?.to_dtype(dtype)?)?; // dt_j x_j: [all heads, q, p]
-        let (b, c) = (cut(self.b, groups, n)?, cut(self.c, groups, n)?); // [all groups, q, n]
-        let scores = c.matmul(&b.transpose(1, 2)?)?; // [all groups, q, q]
-        let within = decayed(&sum, &scores, share)?.matmul(&x)?; // [all heads, q, p]
-        // What each chunk adds to the state: [all groups, share p, n]
-        let to_end = last.broadcast_sub(&sum)?.exp()?.to_dtype(dtype)?;
-        let to_add = scale_rows(&x, &to_end)?;
-        let added = join_heads(&to_add, all)?
-            .reshape((all, q, groups, share * p))?
-            .transpose(1, 2)?
-            .contiguous()?
-            .reshape((all * groups, q, share * p))?
-            .transpose(1, 2)?
-            .matmul(&b)?;
-        // States before each chunk and after the last: a product with the decays from chunk to chunk.
-        let by_head = |t: &Tensor, width: usize| {
-            let t = t.reshape((s.batch * chunks, s.heads * width))?;
-            split_heads(&t, s.batch, s.heads, None) // [batch heads, chunks, width]
-        };
-        let totals = running(&by_head(&last, 1)?.squeeze(2)?)?; // C_i: [batch heads, chunks]
-        let zero = Tensor::zeros((s.batch * s.heads, 1), totals.dtype(), device)?;
-        let totals = Tensor::cat(&[&zero, &totals], 1)?; // C_0 = 0, then as above
-        let decay = totals
-            .unsqueeze(2)?
-            .broadcast_sub(&totals.unsqueeze(1)?)?
-            .broadcast_add(&lower(chunks + 1, totals.dtype(), device)?)?
-            .exp()?
-            .to_dtype(dtype)?; // [batch heads, chunks + 1, chunks + 1]
-        let start = start.reshape((s.batch * s.heads, 1, p * n))?;
-        let states = decay.matmul(&Tensor::cat(&[&start, &by_head(&added, p * n)?], 1)?)?;
-        let next = states
-            .narrow(1, chunks, 1)?
-            .contiguous()?
-            .reshape((s.batch, s.heads, p, n))?;
-        let before = join_heads(&states.narrow(1, 0, chunks)?, s.batch)?.reshape((
-            all * groups,
-            share * p,
-            n,
-        ))?;
-        // What the carried state still gives: e^{c_i} S C_i
-        let carried = c.matmul(&before.transpose(1, 2)?)?; // [all groups, q, share p]
-        let carried = carried.reshape((all * groups * q, share * p))?;
-        let carried = split_heads(&carried, all * groups, share, None)?; // [all heads, q, p]
-        let carried = scale_rows(&carried, &sum.exp()?.to_dtype(dtype)?)?;
-        let y = join_heads(&(within + carried)?, all)?;
-        let y = y.reshape((s.batch, chunks * q, s.heads, p))?;
-        let y = match chunks * q == s.length {
-            true => y,
-            false => y.narrow(1, 0, s.length)?.contiguous()?,
-        };
-        Ok((y, next))
+        let inputs = [self.x, self.dt, self.a, self.b, self.c, &start];
+        let both = node(Chunked::new(chunk), &inputs)?;
+        let both = cut(&both, &[self.x.elem_count(), start.elem_count()])?;
+        Ok((
+            both[0].reshape(self.x.shape())?,
+            both[1].reshape(start.shape())?,
+        ))
     }
 
     /// The naive twin: token by token, in f64 on the host, without gradients. Same results as [`chunked`](Self::chunked).
@@ -238,17 +170,28 @@ impl Scan<'_> {
 
 /// Inclusive running sums of the rows of x [rows, n], made in f64.
 fn running(x: &Tensor) -> Result<Tensor> {
-    static UPPER: Kept<(usize, DeviceLocation), Tensor> = Kept::new(8);
-    let n = x.dim(1)?;
-    let upper = UPPER.get((n, x.device().location()), || {
-        let ones = (0..n * n).map(|at| if at / n <= at % n { 1.0 } else { 0.0 });
-        Tensor::from_vec(ones.collect::<Vec<f64>>(), (n, n), x.device())
-    })?;
+    let upper = upper(x.dim(1)?, x.device())?;
     x.to_dtype(DType::F64)?.matmul(&upper)?.to_dtype(x.dtype())
 }
 
+/// 1 on and above the diagonal, 0 below it: [n, n], f64.
+fn upper(n: usize, device: &Device) -> Result<Tensor> {
+    static UPPER: Kept<(usize, DeviceLocation), Tensor> = Kept::new(8);
+    UPPER.get((n, device.location()), || {
+        let ones = (0..n * n).map(|at| if at / n <= at % n { 1.0 } else { 0.0 });
+        Tensor::from_vec(ones.collect::<Vec<f64>>(), (n, n), device)
+    })
+}
+
+/// Sums of each element of the rows of x [rows, n] and all behind it, made in f64: the gradient of [`running`].
+fn falling(x: &Tensor) -> Result<Tensor> {
+    let upper = upper(x.dim(1)?, x.device())?;
+    let sums = x.to_dtype(DType::F64)?.matmul(&upper.t()?)?;
+    sums.to_dtype(x.dtype())
+}
+
 /// 0 on and below the diagonal, far below 0 above it: [n, n].
-fn lower(n: usize, dtype: DType, device: &candle_core::Device) -> Result<Tensor> {
+fn lower(n: usize, dtype: DType, device: &Device) -> Result<Tensor> {
     band((0, n), (0, n), usize::MAX, device)?.to_dtype(dtype)
 }
 

@@ -3,12 +3,14 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use longspan_kernels::autograd::softplus;
-use longspan_kernels::causal::causal_attention;
+use longspan_kernels::causal::{Documents, causal_attention, document_attention};
 use longspan_kernels::composed::{Kept, composing, rows};
+use longspan_kernels::cut::cut;
 use longspan_kernels::fftconv::fft_conv;
 use longspan_kernels::heads::{join_heads, split_heads};
-use longspan_kernels::learn::{depthwise_conv, rms_norm, silu_gate, softmax};
-use longspan_kernels::linear::linear;
+use longspan_kernels::learn::{depthwise_conv, rms_norm, silu_gate, skip, softmax};
+use longspan_kernels::linear::{linear, residual_linear};
+use longspan_kernels::mlp::{GatedWeights, gated_mlp};
 use longspan_kernels::s4::{Discretisation, diagonal_kernel};
 use longspan_kernels::selective::SelectiveScan;
 use longspan_kernels::ssd::Scan;
@@ -247,6 +249,105 @@ fn attention_in_one_block() {
         agree("causal_attention", &inputs, &|x| {
             Ok(vec![causal_attention(&x[0], &x[1], &x[2], 0.7, window)?])
         });
+    }
+}
+
+#[test]
+fn fused_layers_and_cuts() {
+    let inputs = [
+        t(&[9, 7], 1),
+        t(&[7], 2),
+        t(&[11, 7], 3),
+        t(&[11, 7], 4),
+        t(&[7, 11], 5),
+    ];
+    agree("gated_mlp", &inputs, &|x| {
+        let weights = GatedWeights {
+            norm: &x[1],
+            gate: &x[2],
+            up: &x[3],
+            down: &x[4],
+        };
+        Ok(vec![gated_mlp(&x[0], weights, 1e-5)?])
+    });
+    let inputs = [t(&[4, 5], 1), t(&[3, 5], 2), t(&[4, 3], 3), t(&[3], 4)];
+    agree("residual_linear", &inputs[..3], &|x| {
+        Ok(vec![residual_linear(&x[0], &x[1], None, Some(&x[2]))?])
+    });
+    agree("residual_linear with bias", &inputs, &|x| {
+        Ok(vec![residual_linear(
+            &x[0],
+            &x[1],
+            Some(&x[3]),
+            Some(&x[2]),
+        )?])
+    });
+    let inputs = [t(&[2, 3, 12], 1), t(&[2, 3, 12], 2), t(&[4], 3)];
+    agree("skip", &inputs, &|x| Ok(vec![skip(&x[0], &x[1], &x[2])?]));
+    agree("cut", &inputs[..1], &|x| cut(&x[0], &[3, 1, 8]));
+    // A part without a gradient.
+    agree("cut, one part", &inputs[..1], &|x| {
+        Ok(vec![cut(&x[0], &[3, 1, 8])?.remove(2)])
+    });
+    for (count, heads, kv_heads, half, window) in [
+        (2, 2, 2, 3, usize::MAX),
+        (3, 4, 2, 2, 4),
+        (1, 3, 1, 0, usize::MAX),
+    ] {
+        let (tokens, d) = (count * 7, 6);
+        let kv = [tokens, kv_heads * d];
+        let inputs = [t(&[tokens, heads * d], 1), t(&kv, 2), t(&kv, 3)];
+        let (cos, sin) = (t(&[tokens, half], 4), t(&[tokens, half], 5));
+        let alone = |x: &[Tensor]| -> Result<[Tensor; 2]> {
+            let like = |table: &Tensor| -> Result<Tensor> {
+                let table = table.to_dtype(x[0].dtype())?;
+                table.to_device(x[0].device())
+            };
+            let (cos, sin) = (like(&cos)?, like(&sin)?);
+            let angles = (half > 0).then_some((&cos, &sin));
+            let documents = Documents {
+                count,
+                heads,
+                kv_heads,
+                angles,
+                scale: 0.4,
+                window,
+            };
+            let y = document_attention(&x[0], &x[1], &x[2], documents)?;
+            let apart = causal_attention(
+                &split_heads(&x[0], count, heads, angles)?,
+                &split_heads(&x[1], count, kv_heads, angles)?,
+                &split_heads(&x[2], count, kv_heads, None)?,
+                0.4,
+                window,
+            )?;
+            Ok([y, join_heads(&apart, count)?])
+        };
+        agree("document_attention", &inputs, &|x| {
+            let [y, parts] = alone(x)?;
+            near(
+                &y.detach(),
+                &parts.detach(),
+                1e-5,
+                "document_attention and its parts",
+            );
+            Ok(vec![y])
+        });
+        // Its gradients are those of its parts.
+        let wide = DType::F64;
+        let typed: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(wide).unwrap()).collect();
+        let of = |which: usize| {
+            let f = |x: &[Tensor]| Ok(vec![alone(x)?[which].clone()]);
+            evaluate(&typed, &Device::Cpu, &f).unwrap().1
+        };
+        for (a, b) in of(0).iter().zip(of(1)) {
+            near(
+                a.as_ref().unwrap(),
+                &b.unwrap(),
+                1e-10,
+                "gradients of parts",
+            );
+        }
     }
 }
 

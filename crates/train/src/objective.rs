@@ -5,6 +5,7 @@ use crate::batch::PackedBatch;
 use crate::error::{Result, TrainError};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Tensor, Var};
+use longspan_kernels::autograd::seeded;
 use longspan_nn::model::LanguageModel;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -212,7 +213,7 @@ fn pull_back(x: &Tensor, gradient: &Tensor) -> candle_core::Result<GradStore> {
     if !x.track_op() {
         return Ok(GradStore::default());
     }
-    (x * gradient.detach())?.sum_all()?.backward()
+    seeded(x, gradient)?.backward()
 }
 
 /// Negative log-likelihood of targets under logits [rows, vocab]: [rows], f32.

@@ -1,4 +1,4 @@
-//! Two parts of the composed scan with gradients of their own: a graph of broadcasts would read and write them many times.
+//! Two parts of the composed scan and their gradients: broadcasts would read and write them many times.
 
 use super::lower;
 use crate::composed::{Composed, node};
@@ -8,6 +8,22 @@ use candle_core::{D, DType, Result, Tensor};
 /// Each row of x [.., width] times its factor [..].
 pub(super) fn scale_rows(x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     node(ScaleRows, &[x, factor])
+}
+
+/// Gradients of both of [`scale_rows`].
+pub(super) fn scale_rows_back(
+    x: &Tensor,
+    factor: &Tensor,
+    gradient: &Tensor,
+) -> Result<[Tensor; 2]> {
+    let inputs = [x.contiguous()?, factor.contiguous()?];
+    pair(ScaleRows.backward(&inputs, x, &gradient.contiguous()?)?)
+}
+
+fn pair(parts: Vec<Tensor>) -> Result<[Tensor; 2]> {
+    parts
+        .try_into()
+        .map_err(|_| candle_core::Error::msg("expected two gradients"))
 }
 
 struct ScaleRows;
@@ -49,6 +65,18 @@ impl Composed for ScaleRows {
 /// `share` heads have in common, to [heads, q, q].
 pub(super) fn decayed(sums: &Tensor, scores: &Tensor, share: usize) -> Result<Tensor> {
     node(Decayed { share }, &[sums, scores])
+}
+
+/// Gradients of sums and scores of [`decayed`], which gave `y`.
+pub(super) fn decayed_back(
+    sums: &Tensor,
+    scores: &Tensor,
+    share: usize,
+    y: &Tensor,
+    gradient: &Tensor,
+) -> Result<[Tensor; 2]> {
+    let inputs = [sums.clone(), scores.clone()];
+    pair(Decayed { share }.backward(&inputs, y, &gradient.contiguous()?)?)
 }
 
 struct Decayed {

@@ -11,9 +11,8 @@ pub use bidirectional::BidirectionalAttention;
 use crate::config::ModelConfig;
 use crate::position::{Frequencies, LayerRopes};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
-use longspan_kernels::causal::causal_attention;
+use longspan_kernels::causal::{Documents, causal_attention, document_attention};
 use longspan_kernels::composed::{Composed, Kept, composes, node};
-use longspan_kernels::heads::{join_heads, split_heads};
 
 /// Attention of one layer over all sequences of a forward pass.
 pub trait Attend {
@@ -320,20 +319,19 @@ impl CausalAttention<'_> {
         value: &Tensor,
     ) -> Result<Tensor> {
         let c = self.config;
-        let documents = self.lengths.len();
         let angles = self.ropes.of_layer(layer).map(|rope| {
             let (cos, sin) = &self.tables[rope];
             (cos, sin)
         });
-        // Heads of one document lie together, so that each key head still serves `group` query heads.
-        let attended = causal_attention(
-            &split_heads(query, documents, c.num_heads, angles)?,
-            &split_heads(key, documents, c.num_kv_heads, angles)?,
-            &split_heads(value, documents, c.num_kv_heads, None)?,
-            f64::from(c.attention_scale),
-            c.layers[layer].sliding_window.unwrap_or(usize::MAX),
-        )?;
-        join_heads(&attended, documents)
+        let documents = Documents {
+            count: self.lengths.len(),
+            heads: c.num_heads,
+            kv_heads: c.num_kv_heads,
+            angles,
+            scale: f64::from(c.attention_scale),
+            window: c.layers[layer].sliding_window.unwrap_or(usize::MAX),
+        };
+        document_attention(query, key, value, documents)
     }
 
     /// query [heads, t, d], key and value [kv_heads, s, d] (the queries are the last t of the s
