@@ -5,9 +5,10 @@ use crate::context::{Call, ContextConfig, ContextError, Positions};
 use crate::decode::logits::{argmax, log_sum_exp};
 use crate::kv::plane::TierFile;
 use crate::kv::{KvStore, Rows};
-use candle_core::{D, Device, Tensor};
+use candle_core::{Device, Tensor};
 use longspan_kernels::attention::{KvDtype, KvLayout};
 use longspan_kernels::cpu::Level;
+use longspan_kernels::learn::nll;
 use longspan_kernels::ops::{with_rows, with_strided_rows};
 use longspan_kernels::pool::{Pool, SharedMut};
 use longspan_nn::attention::{Attend, CausalAttention};
@@ -499,15 +500,7 @@ impl Engine {
             let logits = self.model.logits(&hidden)?;
             let losses = match logits.device() {
                 Device::Cpu => with_rows(&logits, |logits| losses_of(logits, targets))?,
-                device => {
-                    let targets = Tensor::from_slice(targets, (targets.len(), 1), device)?;
-                    let top = logits.max_keepdim(D::Minus1)?;
-                    let sum = logits.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?;
-                    let total = (sum.log()? + top)?;
-                    (total - logits.gather(&targets, 1)?)?
-                        .squeeze(1)?
-                        .to_vec1::<f32>()?
-                }
+                _ => nll(&logits, targets)?.to_vec1::<f32>()?,
             };
             all.extend(losses);
         }

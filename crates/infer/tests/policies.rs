@@ -7,6 +7,18 @@ use longspan_infer::Sequence;
 use longspan_infer::engine::Want;
 
 #[test]
+fn losses_are_those_of_the_logits() {
+    for context in ["full", "sirllm:start=3,recent=80,top=80,decay=0.8"] {
+        let engine = engine("llama-tied");
+        let vocab = engine.model().config().vocab_size;
+        // More than exist at a time.
+        let (tokens, targets) = (ids(150, 1, vocab), ids(150, 2, vocab));
+        let fresh = || engine.sequence(&options(context), None).unwrap();
+        common::assert_losses(&engine, fresh, &tokens, &targets);
+    }
+}
+
+#[test]
 fn the_engine_matches_transformers_on_every_tiny_model() {
     let cases = golden::cases_of("tiny-models", "forward");
     let mut compared = 0;

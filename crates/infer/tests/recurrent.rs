@@ -1,8 +1,7 @@
 //! Stacks of sequence mixers behind the engine: a fixed-size state in place of cached keys. What is written step by step is
 //! what the mixer's own parallel form says, for every mixer; forks, rewinds, batches and saved sessions are exact.
 
-#[path = "../../../tests/golden.rs"]
-mod golden;
+mod common;
 
 use candle_core::{D, DType, Device, Tensor};
 use longspan_infer::context::ContextConfig;
@@ -117,6 +116,15 @@ fn greedy_text_is_that_of_the_parallel_form() {
                 .unwrap();
         }
         assert_eq!(sequence.tokens(), tokens);
+    }
+}
+
+#[test]
+fn losses_are_those_of_the_logits() {
+    for mixer in mixers() {
+        let engine = engine(&mixer);
+        let (tokens, targets) = (ids(40, 3), ids(40, 4));
+        common::assert_losses(&engine, || fresh(&engine), &tokens, &targets);
     }
 }
 
@@ -269,7 +277,7 @@ fn what_makes_no_sense_is_refused() {
 /// A folder in Hugging Face's layout, made of a golden case of transformers' Mamba-2.
 #[test]
 fn hugging_face_mamba2_folders_are_read_and_stepped() {
-    for case in &golden::cases_of("stuffed-mamba", "causal_lm") {
+    for case in &common::golden::cases_of("stuffed-mamba", "causal_lm") {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let mut config: Value = serde_json::Value::Object(Default::default());

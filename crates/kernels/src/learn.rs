@@ -228,6 +228,20 @@ pub fn softmax_naive(x: &Tensor) -> Result<Tensor> {
     weights.broadcast_div(&weights.sum_keepdim(candle_core::D::Minus1)?)
 }
 
+/// Negative log-likelihood of targets under logits [rows, vocab]: [rows], f32.
+pub fn nll(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    let rows = targets.len();
+    let logits = logits.to_dtype(candle_core::DType::F32)?;
+    let top = logits.max_keepdim(candle_core::D::Minus1)?.detach();
+    let sum = logits
+        .broadcast_sub(&top)?
+        .exp()?
+        .sum_keepdim(candle_core::D::Minus1)?;
+    let log_z = (sum.log()? + top)?;
+    let index = Tensor::from_slice(targets, (rows, 1), logits.device())?;
+    (log_z - logits.gather(&index, 1)?)?.squeeze(1)
+}
+
 struct Softmax {
     level: Level,
     width: usize,

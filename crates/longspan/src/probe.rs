@@ -149,9 +149,6 @@ fn answer(
     Ok(tokenizer.decode(&tokens))
 }
 
-/// Tokens read at once when their losses are asked.
-const PIECE: usize = 512;
-
 /// Loss of next tokens by position, averaged over texts: nats per token.
 pub fn loss(args: &Loss, common: &Common) -> Result<()> {
     if args.tokens < 2 || args.bucket == 0 || args.texts == 0 {
@@ -183,9 +180,10 @@ pub fn loss(args: &Loss, common: &Common) -> Result<()> {
         let mut sequence = engine.sequence(&options, None)?;
         sequence.expect_length(tokens.len());
         let mut position = 0;
+        let chunk = sequence.spec().chunk;
         // The last token predicts nothing.
-        let targets = tokens[1..].chunks(PIECE);
-        for (piece, targets) in tokens[..tokens.len() - 1].chunks(PIECE).zip(targets) {
+        let targets = tokens[1..].chunks(chunk);
+        for (piece, targets) in tokens[..tokens.len() - 1].chunks(chunk).zip(targets) {
             let losses = engine.forward(&mut [(&mut sequence, piece)], Want::Losses(targets))?;
             for loss in losses {
                 sums[position / args.bucket] += f64::from(loss);

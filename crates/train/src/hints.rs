@@ -4,12 +4,13 @@
 //! base task sees as many examples as without hints. In mode `mix` one batch is drawn from both.
 
 use crate::error::{Result, TrainError};
-use crate::objective::{Objective, nll};
+use crate::objective::Objective;
 use crate::source::{Source, state_from};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 use longspan_data::random::Random;
 use longspan_data::task::{EOS, Example, Hint, HintedSort, Tokens};
+use longspan_kernels::learn::nll;
 use longspan_nn::model::TemperedDecoder;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

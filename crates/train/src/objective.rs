@@ -4,8 +4,9 @@
 use crate::batch::PackedBatch;
 use crate::error::{Result, TrainError};
 use candle_core::backprop::GradStore;
-use candle_core::{D, DType, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use longspan_kernels::autograd::seeded;
+use longspan_kernels::learn::nll;
 use longspan_nn::model::LanguageModel;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -214,15 +215,4 @@ fn pull_back(x: &Tensor, gradient: &Tensor) -> candle_core::Result<GradStore> {
         return Ok(GradStore::default());
     }
     seeded(x, gradient)?.backward()
-}
-
-/// Negative log-likelihood of targets under logits [rows, vocab]: [rows], f32.
-pub fn nll(logits: &Tensor, targets: &[u32]) -> candle_core::Result<Tensor> {
-    let rows = targets.len();
-    let logits = logits.to_dtype(DType::F32)?;
-    let top = logits.max_keepdim(D::Minus1)?.detach();
-    let sum = logits.broadcast_sub(&top)?.exp()?.sum_keepdim(D::Minus1)?;
-    let log_z = (sum.log()? + top)?;
-    let index = Tensor::from_slice(targets, (rows, 1), logits.device())?;
-    (log_z - logits.gather(&index, 1)?)?.squeeze(1)
 }

@@ -1,7 +1,7 @@
 //! Long-document perplexity: windows, negative log-likelihoods under each protocol, and figures
 //! over documents. For comparing models, policies and lengths (paper 58).
 //!
-//! Logits exist for one piece of [`PIECE`] tokens at a time, whatever the text's length.
+//! Logits exist for few tokens at a time, whatever the length of the text.
 
 mod figures;
 mod plan;
@@ -13,9 +13,6 @@ use crate::error::{EvalError, Result};
 use crate::task::Protocol;
 use longspan_infer::engine::Want;
 use longspan_infer::{Engine, EngineError, EngineOptions, Sequence};
-
-/// Tokens read at a time.
-pub const PIECE: usize = 512;
 
 /// Negative log-likelihood in nats of each of `tokens`; None = not scored by the protocol. `bos`
 /// (none or one token) stands before every window, whose first token is then scored too. Under
@@ -39,10 +36,7 @@ pub fn nll(
         let first = end - window.take;
         let input: Vec<u32> = bos.iter().chain(&tokens[begin..end]).copied().collect();
         let mut sequence = engine.sequence(options, None).map_err(fail)?;
-        let piece = match sequence.spec().exec_block {
-            Some(block) => block.max(PIECE / block * block),
-            None => PIECE,
-        };
+        let piece = sequence.spec().chunk;
         let mut at = 0;
         // The last token predicts nothing that is scored.
         let input = &input[..input.len() - 1];

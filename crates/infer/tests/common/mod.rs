@@ -92,6 +92,32 @@ pub fn read(engine: &Engine, sequence: &mut Sequence, tokens: &[u32], piece: usi
         .collect()
 }
 
+/// Fails unless the losses that an engine gives are those of its logits, and wrong targets are refused.
+pub fn assert_losses(
+    engine: &Engine,
+    fresh: impl Fn() -> Sequence,
+    tokens: &[u32],
+    targets: &[u32],
+) {
+    let logits = engine
+        .forward(&mut [(&mut fresh(), tokens)], Want::All)
+        .unwrap();
+    let wanted: Vec<f32> = logits
+        .chunks_exact(logits.len() / tokens.len())
+        .zip(targets)
+        .map(|(row, &target)| {
+            let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+            (sum.ln() - f64::from(row[target as usize])) as f32
+        })
+        .collect();
+    let losses =
+        |targets: &[u32]| engine.forward(&mut [(&mut fresh(), tokens)], Want::Losses(targets));
+    assert_close(&losses(targets).unwrap(), &wanted, 1e-4, "losses");
+    for wrong in [&targets[1..], &vec![u32::MAX; tokens.len()]] {
+        assert!(losses(wrong).unwrap_err().to_string().contains("targets"));
+    }
+}
+
 /// Fails unless all elements agree.
 pub fn assert_close(a: &[f32], b: &[f32], tolerance: f32, what: &str) {
     assert_eq!(a.len(), b.len(), "{what}");
