@@ -2,17 +2,18 @@
 //! read and write ten times is read and written once.
 
 pub(crate) mod composed;
+mod skip;
+
+pub use skip::skip;
 
 use crate::autograd::{Kernel, Real, apply};
 use crate::composed::{composes, node};
 use crate::cpu::Level;
 use crate::dense::uninit;
-use crate::elementwise::{copy, split_rows};
+use crate::elementwise::split_rows;
 use crate::pool::{Pool, SharedMut};
 use candle_core::{Result, Tensor, bail};
-use composed::{
-    DepthwiseComposed, RmsNormComposed, SiluGateComposed, SkipComposed, SoftmaxComposed,
-};
+use composed::{DepthwiseComposed, RmsNormComposed, SiluGateComposed, SoftmaxComposed};
 
 /// Compiles a body for each vector width.
 macro_rules! levels {
@@ -201,6 +202,15 @@ pub(crate) fn norm_back_all<T: Real>(
     (grad_x, added_up(&partial, width))
 }
 
+/// Sum of rows.
+fn added_up<T: Real>(rows: &[T], width: usize) -> Vec<T> {
+    let mut sum = vec![T::zero(); width];
+    for row in rows.chunks_exact(width) {
+        sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
+    }
+    sum
+}
+
 /// Softmax over the last axis; -inf gets 0.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let width = x.dims().last().copied().unwrap_or(0);
@@ -226,20 +236,6 @@ pub fn softmax_naive(x: &Tensor) -> Result<Tensor> {
     let top = x.max_keepdim(candle_core::D::Minus1)?.detach();
     let weights = x.broadcast_sub(&top)?.exp()?;
     weights.broadcast_div(&weights.sum_keepdim(candle_core::D::Minus1)?)
-}
-
-/// Negative log-likelihood of targets under logits [rows, vocab]: [rows], f32.
-pub fn nll(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    let rows = targets.len();
-    let logits = logits.to_dtype(candle_core::DType::F32)?;
-    let top = logits.max_keepdim(candle_core::D::Minus1)?.detach();
-    let sum = logits
-        .broadcast_sub(&top)?
-        .exp()?
-        .sum_keepdim(candle_core::D::Minus1)?;
-    let log_z = (sum.log()? + top)?;
-    let index = Tensor::from_slice(targets, (rows, 1), logits.device())?;
-    (log_z - logits.gather(&index, 1)?)?.squeeze(1)
 }
 
 struct Softmax {
@@ -312,6 +308,20 @@ impl Kernel for Softmax {
         });
         vec![out]
     }
+}
+
+/// Negative log-likelihood of targets under logits [rows, vocab]: [rows], f32.
+pub fn nll(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    let rows = targets.len();
+    let logits = logits.to_dtype(candle_core::DType::F32)?;
+    let top = logits.max_keepdim(candle_core::D::Minus1)?.detach();
+    let sum = logits
+        .broadcast_sub(&top)?
+        .exp()?
+        .sum_keepdim(candle_core::D::Minus1)?;
+    let log_z = (sum.log()? + top)?;
+    let index = Tensor::from_slice(targets, (rows, 1), logits.device())?;
+    (log_z - logits.gather(&index, 1)?)?.squeeze(1)
 }
 
 /// silu(gate) times up, or silu alone: `up` of the same shape, or none.
@@ -394,133 +404,6 @@ fn silu_back_body<T: Real>(
             }
         }
     }
-}
-
-/// y + x scale, a scale for each `x.len / scale.len` neighbours of the last axis: the skip of a state space layer. y and x
-/// [.., width], scale [groups], width a multiple of groups.
-pub fn skip(y: &Tensor, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    let width = x.dims().last().copied().unwrap_or(0);
-    let groups = scale.elem_count();
-    if y.dims() != x.dims() || scale.rank() != 1 || groups == 0 || !width.is_multiple_of(groups) {
-        bail!(
-            "skip: found y {:?}, x {:?}, scale {:?}, expected twice [.., width] and [groups], groups a divisor of width",
-            y.dims(),
-            x.dims(),
-            scale.dims()
-        );
-    }
-    if composes(x) {
-        return node(SkipComposed, &[y, x, scale]);
-    }
-    let op = Skip {
-        level: Level::current(),
-        groups,
-        share: width / groups,
-        shape: x.dims().to_vec(),
-    };
-    apply(op, &[y, x, scale])
-}
-
-struct Skip {
-    level: Level,
-    groups: usize,
-    /// Neighbours that share a scale.
-    share: usize,
-    shape: Vec<usize>,
-}
-
-levels!(skip_rows / skip_body / skip_wide / skip_middle (x: &[T], scale: &[T], share: usize, out: &mut [T]));
-levels!(skip_back / skip_back_body / skip_back_wide / skip_back_middle (
-    x: &[T], scale: &[T], share: usize, gradient: &[T], grad_x: &mut [T], grad_scale: &mut [T]
-));
-
-#[inline(always)]
-fn skip_body<T: Real>(x: &[T], scale: &[T], share: usize, out: &mut [T]) {
-    let width = scale.len() * share;
-    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-        let groups = x.chunks_exact(share).zip(out.chunks_exact_mut(share));
-        for ((x, out), &scale) in groups.zip(scale) {
-            out.iter_mut().zip(x).for_each(|(y, &x)| *y += x * scale);
-        }
-    }
-}
-
-#[inline(always)]
-fn skip_back_body<T: Real>(
-    x: &[T],
-    scale: &[T],
-    share: usize,
-    gradient: &[T],
-    grad_x: &mut [T],
-    grad_scale: &mut [T],
-) {
-    let width = scale.len() * share;
-    let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
-    for ((x, gradient), grad_x) in rows.zip(grad_x.chunks_exact_mut(width)) {
-        let groups = x.chunks_exact(share).zip(gradient.chunks_exact(share));
-        let sums = scale.iter().zip(grad_scale.iter_mut());
-        for (((x, gradient), grad_x), (&scale, sum)) in
-            groups.zip(grad_x.chunks_exact_mut(share)).zip(sums)
-        {
-            for (grad_x, &g) in grad_x.iter_mut().zip(gradient) {
-                *grad_x = g * scale;
-            }
-            *sum += sum_products(x, gradient);
-        }
-    }
-}
-
-impl Kernel for Skip {
-    fn name(&self) -> &'static str {
-        "skip"
-    }
-
-    fn forward<T: Real>(&self, inputs: &[&[T]]) -> (Vec<T>, Vec<usize>) {
-        let width = self.groups * self.share;
-        let mut out = copy(inputs[0], width);
-        let shared = SharedMut::new(&mut out);
-        split_rows(inputs[1].len() / width, width, |first, rows| {
-            let range = first * width..(first + rows) * width;
-            // SAFETY: pieces are disjoint row ranges.
-            let out = unsafe { shared.slice(range.start, range.len()) };
-            skip_rows(self.level, &inputs[1][range], inputs[2], self.share, out);
-        });
-        (out, self.shape.clone())
-    }
-
-    fn backward<T: Real>(&self, inputs: &[&[T]], _: &[T], gradient: &[T]) -> Vec<Vec<T>> {
-        let width = self.groups * self.share;
-        let rows = gradient.len() / width;
-        let blocks = rows.div_ceil(GROUP);
-        let mut grad_x = uninit(gradient.len());
-        let mut partial = vec![T::zero(); blocks * self.groups];
-        let (out, sums) = (SharedMut::new(&mut grad_x), SharedMut::new(&mut partial));
-        split_rows(blocks, GROUP * width, |first, count| {
-            for block in first..first + count {
-                let range = block * GROUP * width..((block + 1) * GROUP).min(rows) * width;
-                // SAFETY: blocks are disjoint.
-                let (grad_x, sum) = unsafe {
-                    (
-                        out.slice(range.start, range.len()),
-                        sums.slice(block * self.groups, self.groups),
-                    )
-                };
-                let (x, gradient) = (&inputs[1][range.clone()], &gradient[range]);
-                skip_back(self.level, x, inputs[2], self.share, gradient, grad_x, sum);
-            }
-        });
-        let grad_scale = added_up(&partial, self.groups);
-        vec![copy(gradient, width), grad_x, grad_scale]
-    }
-}
-
-/// Sum of rows.
-fn added_up<T: Real>(rows: &[T], width: usize) -> Vec<T> {
-    let mut sum = vec![T::zero(); width];
-    for row in rows.chunks_exact(width) {
-        sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
-    }
-    sum
 }
 
 /// Elements of a piece.
@@ -730,7 +613,6 @@ impl Kernel for Depthwise {
 mod tests {
     use super::*;
     use crate::autograd::gradient_error;
-    use crate::composed::composing;
     use crate::harness;
     use candle_core::Device;
 
@@ -762,26 +644,6 @@ mod tests {
         assert!(error < 1e-6, "silu {error}");
         assert!(rms_norm(&x, &tensor(&[18], 1), 1e-5).is_err());
         assert!(silu_gate(&x, Some(&w)).is_err());
-    }
-
-    #[test]
-    fn skips_are_their_sums() {
-        for (groups, share) in [(1, 6), (3, 2), (5, 1), (2, 40)] {
-            let width = groups * share;
-            let shape = [2, 300, width];
-            let inputs = [tensor(&shape, 1), tensor(&shape, 2), tensor(&[groups], 3)];
-            let found = skip(&inputs[0], &inputs[1], &inputs[2]).unwrap();
-            let composed = composing(|| skip(&inputs[0], &inputs[1], &inputs[2])).unwrap();
-            assert!(harness::distance(&found, &composed) < 1e-13);
-            let few = [
-                tensor(&[2, width], 1),
-                tensor(&[2, width], 2),
-                tensor(&[groups], 3),
-            ];
-            let error = gradient_error(&few, 1e-6, &|t| skip(&t[0], &t[1], &t[2])).unwrap();
-            assert!(error < 1e-7, "{groups} {share}: {error}");
-        }
-        assert!(skip(&tensor(&[2, 5], 1), &tensor(&[2, 5], 1), &tensor(&[2], 1)).is_err());
     }
 
     #[test]

@@ -70,43 +70,9 @@ impl Composed for RmsNormComposed {
     }
 }
 
-fn rows_of(x: &Tensor) -> Result<(usize, usize)> {
+pub(super) fn rows_of(x: &Tensor) -> Result<(usize, usize)> {
     let width = x.dim(D::Minus1)?;
     Ok((x.elem_count() / width.max(1), width))
-}
-
-pub(super) struct SkipComposed;
-
-impl SkipComposed {
-    /// Each group's neighbours times its scale.
-    fn scaled(x: &Tensor, scale: &Tensor) -> Result<Tensor> {
-        let (rows, width) = rows_of(x)?;
-        let groups = scale.elem_count();
-        x.reshape((rows, groups, width / groups))?
-            .broadcast_mul(&scale.reshape((1, groups, 1))?)?
-            .reshape(x.shape())
-    }
-}
-
-impl Composed for SkipComposed {
-    fn name(&self) -> &'static str {
-        "skip"
-    }
-
-    fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
-        &x[0] + Self::scaled(&x[1], &x[2])?
-    }
-
-    fn backward(&self, x: &[Tensor], _: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>> {
-        let groups = x[2].elem_count();
-        let sums = sum_rows(&(gradient * &x[1])?)?;
-        let grad_scale = sums.reshape((groups, sums.elem_count() / groups))?.sum(1)?;
-        Ok(vec![
-            gradient.clone(),
-            Self::scaled(gradient, &x[2])?,
-            grad_scale.to_dtype(x[2].dtype())?,
-        ])
-    }
 }
 
 pub(super) struct SoftmaxComposed;
