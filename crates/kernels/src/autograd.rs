@@ -3,11 +3,10 @@
 //! A [`Kernel`] says what it computes and how gradients come back; [`apply`] makes it an operation of candle's graph
 //! with any number of inputs, in f32 or f64 (f64 is for tests and for what f32 cannot hold), on the CPU.
 
-use crate::composed::{Composed, composes, node, number, sigmoid};
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape,
-    Storage, Tensor, WithDType, bail,
-};
+use crate::composed::{Composed, composes, node, sigmoid};
+use crate::graph::attach;
+pub use crate::graph::seeded;
+use candle_core::{DType, Result, Storage, Tensor, WithDType, bail};
 use rustfft::num_traits::Float;
 use std::any::Any;
 use std::cell::RefCell;
@@ -123,9 +122,6 @@ impl Saved {
 }
 
 /// Runs a kernel as one differentiable operation. All inputs have one type, f32 or f64, and lie on the CPU.
-///
-/// Candle's graph knows operations of up to three tensors: of four inputs and more the first two are tensors of the graph's
-/// operation, and the third is a number that carries the gradients of the others ([`Carrier`]).
 pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
     let name = kernel.name();
     for input in inputs {
@@ -140,371 +136,63 @@ pub fn apply<K: Kernel>(kernel: K, inputs: &[&Tensor]) -> Result<Tensor> {
     }
     let inputs = inputs.iter().map(|input| input.contiguous());
     let inputs = inputs.collect::<Result<Vec<_>>>()?;
-    let mut op = Op {
-        kernel,
-        carried: Vec::new(),
-        gradients: Arc::default(),
-    };
-    match &inputs[..] {
-        [] => bail!("{name}: no inputs"),
-        [a] => a.apply_op1_arc(Arc::new(Box::new(op))),
-        [a, b] => a.apply_op2_arc(b, Arc::new(Box::new(op))),
-        [a, b, c] => a.apply_op3_arc(b, c, Arc::new(Box::new(op))),
-        [a, b, rest @ ..] => {
-            op.carried = rest.iter().map(|t| (t.detach(), t.track_op())).collect();
-            let carrier = carry(rest, &op.gradients)?;
-            a.apply_op3_arc(b, &carrier, Arc::new(Box::new(op)))
-        }
+    match inputs.first().map(Tensor::dtype) {
+        Some(DType::F32) => run::<K, f32>(kernel, &inputs),
+        Some(DType::F64) => run::<K, f64>(kernel, &inputs),
+        Some(other) => bail!("{name}: found {other:?}, expected f32 or f64"),
+        None => bail!("{name}: no inputs"),
     }
 }
 
-struct Op<K> {
-    kernel: K,
-    /// The third input and further ones, if there are more than three, and whether their gradients are asked.
-    carried: Vec<(Tensor, bool)>,
-    /// Their gradients, from the backward pass of this operation to those of its carriers.
-    gradients: Arc<Gradients>,
-}
-
-/// Gradients on their way, by input.
-pub(crate) type Gradients = Mutex<Vec<Option<Tensor>>>;
-
-/// A number that depends on up to three tensors in the graph alone. Its backward pass comes after that of the operation it
-/// is an input of, which has left the tensors' gradients.
-struct Carrier {
-    gradients: Arc<Gradients>,
-    /// Which of the gradients are those of its tensors.
-    places: std::ops::Range<usize>,
-}
-
-/// One number that stands for all these tensors.
-pub(crate) fn carry(tensors: &[Tensor], gradients: &Arc<Gradients>) -> Result<Tensor> {
-    let mut carriers = Vec::new();
-    for (at, tensors) in tensors.chunks(3).enumerate() {
-        let first = 3 * at;
-        let carrier = Carrier {
-            gradients: gradients.clone(),
-            places: first..first + tensors.len(),
+fn run<K: Kernel, T: Real>(kernel: K, inputs: &[Tensor]) -> Result<Tensor> {
+    let name = kernel.name();
+    let plain: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
+    let (out, shape) = with_elements(name, &plain, |x| kernel.forward::<T>(x))?;
+    let asked: Vec<bool> = inputs.iter().map(Tensor::track_op).collect();
+    if !asked.contains(&true) {
+        return Tensor::from_vec(out, shape, plain[0].device());
+    }
+    let output = (Storage::Cpu(T::to_cpu_storage_owned(out)), shape.into());
+    let back = move |outputs: &[Tensor], gradients: &[Option<Tensor>]| {
+        let Some(gradient) = &gradients[0] else {
+            return Ok(vec![None; plain.len()]);
         };
-        carriers.push(match tensors {
-            [a] => a.apply_op1_arc(Arc::new(Box::new(carrier)))?,
-            [a, b] => a.apply_op2_arc(b, Arc::new(Box::new(carrier)))?,
-            [a, b, c] => a.apply_op3_arc(b, c, Arc::new(Box::new(carrier)))?,
-            _ => bail!("carry: found {} tensors, expected 1 to 3", tensors.len()),
-        });
-    }
-    let mut carriers = carriers.into_iter();
-    let first = carriers.next();
-    let first = first.ok_or_else(|| candle_core::Error::msg("carry: no tensors"))?;
-    carriers.try_fold(first, |sum, carrier| sum + carrier)
-}
-
-impl Carrier {
-    fn take(&self) -> impl Iterator<Item = Option<Tensor>> {
-        let mut gradients = self.gradients.lock().unwrap_or_else(|e| e.into_inner());
-        let taken = gradients[self.places.clone()].iter_mut().map(Option::take);
-        taken.collect::<Vec<_>>().into_iter()
-    }
-}
-
-impl CustomOp1 for Carrier {
-    fn name(&self) -> &'static str {
-        "carrier"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        number(s)
-    }
-
-    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        number(s)
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.take().next().flatten())
-    }
-}
-
-impl CustomOp2 for Carrier {
-    fn name(&self) -> &'static str {
-        "carrier"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        number(s)
-    }
-
-    fn cuda_fwd(
-        &self,
-        s: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        number(s)
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut parts = self.take();
-        let mut next = || parts.next().flatten();
-        Ok((next(), next()))
-    }
-}
-
-impl CustomOp3 for Carrier {
-    fn name(&self) -> &'static str {
-        "carrier"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        number(s)
-    }
-
-    fn cuda_fwd(
-        &self,
-        s: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        number(s)
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut parts = self.take();
-        let mut next = || parts.next().flatten();
-        Ok((next(), next(), next()))
-    }
-}
-
-/// A contiguous tensor's elements in place.
-fn read<'a, T: WithDType>(name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
-    let values = storage.as_slice::<T>()?;
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&values[start..end]),
-        None => bail!("{name}: input is not contiguous"),
-    }
-}
-
-/// [`read`] of a tensor that may lie elsewhere.
-pub(crate) fn on_cpu<'a, T: WithDType>(
-    name: &str,
-    storage: &'a Storage,
-    layout: &Layout,
-) -> Result<&'a [T]> {
-    match storage {
-        Storage::Cpu(storage) => read(name, storage, layout),
-        _ => bail!("{name}: a tensor is not on the CPU"),
-    }
-}
-
-impl<K: Kernel> Op<K> {
-    /// Hands `work` the kernel's inputs, of which `arrays` are those of the graph's operation.
-    fn with_inputs<T: Real, R>(
-        &self,
-        arrays: &[&[T]],
-        work: impl FnOnce(&[&[T]]) -> R,
-    ) -> Result<R> {
-        let held: Vec<_> = (self.carried.iter().map(|(t, _)| t.storage_and_layout())).collect();
-        // The carrier stands last.
-        let own = arrays.len() - usize::from(!held.is_empty());
-        let mut inputs = arrays[..own].to_vec();
-        for (storage, layout) in &held {
-            inputs.push(on_cpu(self.kernel.name(), storage, layout)?);
-        }
-        Ok(work(&inputs))
-    }
-
-    fn forward(&self, arrays: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
-        fn run<K: Kernel, T: Real>(
-            op: &Op<K>,
-            arrays: &[(&CpuStorage, &Layout)],
-        ) -> Result<(CpuStorage, Shape)> {
-            let name = op.kernel.name();
-            let arrays = arrays.iter().map(|(s, l)| read::<T>(name, s, l));
-            let arrays = arrays.collect::<Result<Vec<_>>>()?;
-            let (out, shape) = op.with_inputs(&arrays, |inputs| op.kernel.forward(inputs))?;
-            Ok((T::to_cpu_storage_owned(out), Shape::from(shape)))
-        }
-        match arrays[0].0 {
-            CpuStorage::F32(_) => run::<K, f32>(self, arrays),
-            CpuStorage::F64(_) => run::<K, f64>(self, arrays),
-            other => bail!(
-                "{}: found {:?}, expected f32 or f64",
-                self.kernel.name(),
-                candle_core::backend::BackendStorage::dtype(other)
-            ),
-        }
-    }
-
-    fn pull_back<T: Real>(
-        &self,
-        args: &[&Tensor],
-        res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Vec<Option<Tensor>>> {
-        let name = self.kernel.name();
-        let grad = grad.contiguous()?;
-        let tensors: Vec<&Tensor> = args.iter().copied().chain([res, &grad]).collect();
-        let held: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
-        let mut arrays = Vec::with_capacity(held.len());
-        for (storage, layout) in &held {
-            arrays.push(on_cpu::<T>(name, storage, layout)?);
-        }
-        let (inputs, ends) = arrays.split_at(args.len());
-        let parts = self.with_inputs(inputs, |inputs| {
-            self.kernel.backward(inputs, ends[0], ends[1])
-        })?;
+        let ends = [outputs[0].clone(), gradient.contiguous()?];
+        let parts = with_elements(name, &plain, |x| {
+            with_elements(name, &ends, |ends| {
+                kernel.backward::<T>(x, ends[0], ends[1])
+            })
+        })??;
         // Constants need no gradient.
-        let of = |part: Vec<T>, arg: &Tensor, asked: bool| match asked {
-            true => Tensor::from_vec(part, arg.shape(), arg.device()).map(Some),
+        let parts = parts.into_iter().zip(&plain).zip(&asked);
+        let parts = parts.map(|((part, x), asked)| match asked {
+            true => Tensor::from_vec(part, x.shape(), x.device()).map(Some),
             false => Ok(None),
+        });
+        parts.collect()
+    };
+    let inputs: Vec<&Tensor> = inputs.iter().collect();
+    Ok(attach(name, &inputs, vec![output], back)?.remove(0))
+}
+
+/// Hands `work` the elements of contiguous tensors on the CPU.
+pub(crate) fn with_elements<T: WithDType, R>(
+    name: &str,
+    tensors: &[Tensor],
+    work: impl FnOnce(&[&[T]]) -> R,
+) -> Result<R> {
+    let held: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
+    let mut arrays = Vec::with_capacity(held.len());
+    for (storage, layout) in &held {
+        let Storage::Cpu(storage) = &**storage else {
+            bail!("{name}: a tensor is not on the CPU");
         };
-        let mut parts = parts.into_iter();
-        let own = args.len() - usize::from(!self.carried.is_empty());
-        let mut gradients = args[..own]
-            .iter()
-            .zip(&mut parts)
-            .map(|(arg, part)| of(part, arg, arg.track_op()))
-            .collect::<Result<Vec<_>>>()?;
-        if let Some(carrier) = args.get(own) {
-            let carried = self.carried.iter().zip(parts);
-            let carried = carried.map(|((input, asked), part)| of(part, input, *asked));
-            let carried = carried.collect::<Result<Vec<_>>>()?;
-            *self.gradients.lock().unwrap_or_else(|e| e.into_inner()) = carried;
-            gradients.push(match carrier.track_op() {
-                true => Some(carrier.zeros_like()?),
-                false => None,
-            });
-        }
-        Ok(gradients)
-    }
-
-    fn gradients(
-        &self,
-        args: &[&Tensor],
-        res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Vec<Option<Tensor>>> {
-        match args[0].dtype() {
-            DType::F64 => self.pull_back::<f64>(args, res, grad),
-            _ => self.pull_back::<f32>(args, res, grad),
+        match layout.contiguous_offsets() {
+            Some((start, end)) => arrays.push(&storage.as_slice::<T>()?[start..end]),
+            None => bail!("{name}: input is not contiguous"),
         }
     }
-}
-
-impl<K: Kernel> CustomOp1 for Op<K> {
-    fn name(&self) -> &'static str {
-        self.kernel.name()
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.forward(&[(s, l)])
-    }
-
-    fn bwd(&self, arg: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.gradients(&[arg], res, grad)?.remove(0))
-    }
-}
-
-impl<K: Kernel> CustomOp2 for Op<K> {
-    fn name(&self) -> &'static str {
-        self.kernel.name()
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.forward(&[(s1, l1), (s2, l2)])
-    }
-
-    fn bwd(
-        &self,
-        arg1: &Tensor,
-        arg2: &Tensor,
-        res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut parts = self.gradients(&[arg1, arg2], res, grad)?.into_iter();
-        Ok((parts.next().flatten(), parts.next().flatten()))
-    }
-}
-
-impl<K: Kernel> CustomOp3 for Op<K> {
-    fn name(&self) -> &'static str {
-        self.kernel.name()
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.forward(&[(s1, l1), (s2, l2), (s3, l3)])
-    }
-
-    fn bwd(
-        &self,
-        arg1: &Tensor,
-        arg2: &Tensor,
-        arg3: &Tensor,
-        res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut parts = self.gradients(&[arg1, arg2, arg3], res, grad)?.into_iter();
-        let mut next = || parts.next().flatten();
-        Ok((next(), next(), next()))
-    }
-}
-
-/// A number whose gradient gives `x` this gradient, of its shape: where a backward pass goes on from another graph.
-pub fn seeded(x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    if x.dims() != gradient.dims() {
-        bail!(
-            "seeded: found a gradient {:?} of {:?}, expected the same shape",
-            gradient.dims(),
-            x.dims()
-        );
-    }
-    let gradients: Arc<Gradients> = Arc::new(Mutex::new(vec![Some(gradient.detach())]));
-    carry(std::slice::from_ref(x), &gradients)
+    Ok(work(&arrays))
 }
 
 /// ln(1 + e^x) elementwise, exact for small results too: x to the same shape.

@@ -2,15 +2,12 @@
 //! 16 bits. Each is one node of the graph with an analytic gradient, because candle's own gradients
 //! of a composition cost several launches for every operation in it.
 
-use crate::autograd::{Gradients, carry};
 use crate::gpu;
+use crate::graph::attach;
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout, Result,
-    Shape, Storage, Tensor, bail,
-};
+use candle_core::{D, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use std::cell::Cell;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 thread_local! {
     static FORCED: Cell<bool> = const { Cell::new(false) };
@@ -39,130 +36,43 @@ pub trait Composed: Send + Sync + 'static {
     fn backward(&self, x: &[Tensor], y: &Tensor, gradient: &Tensor) -> Result<Vec<Tensor>>;
 }
 
-/// Runs a composition as one differentiable operation; inputs behind the second of more than three are carried, as by
-/// [`apply`](crate::autograd::apply).
+/// Runs a composition as one differentiable operation.
 pub fn node<C: Composed>(op: C, inputs: &[&Tensor]) -> Result<Tensor> {
+    let name = op.name();
     if let Some(input) = inputs.iter().find(|input| !input.dtype().is_float()) {
-        bail!("{}: found {:?}, expected floats", op.name(), input.dtype());
+        bail!("{name}: found {:?}, expected floats", input.dtype());
     }
-    let plain = plain(inputs)?;
+    let plain = inputs.iter().map(|input| input.detach().contiguous());
+    let plain = plain.collect::<Result<Vec<_>>>()?;
     let y = op.forward(&plain)?;
     if !inputs.iter().any(|input| input.track_op()) {
         return Ok(y);
     }
-    let shape = y.shape().clone();
-    let mut node = Node {
-        op,
-        shape,
-        value: Mutex::new(Some(y.contiguous()?)),
-        carried: Vec::new(),
-        gradients: Arc::default(),
+    let output = elements(&y.contiguous()?, &plain)?;
+    let back = move |outputs: &[Tensor], gradients: &[Option<Tensor>]| {
+        let Some(gradient) = &gradients[0] else {
+            return Ok(vec![None; plain.len()]);
+        };
+        let parts = op.backward(&plain, &outputs[0], &gradient.contiguous()?)?;
+        Ok(parts.into_iter().map(Some).collect())
     };
-    match inputs {
-        [a] => a.apply_op1(node),
-        [a, b] => a.apply_op2(b, node),
-        [a, b, c] => a.apply_op3(b, c, node),
-        [a, b, rest @ ..] => {
-            let asked = rest.iter().map(|input| input.track_op());
-            node.carried = plain[2..].iter().cloned().zip(asked).collect();
-            let rest: Vec<Tensor> = rest.iter().map(|&input| input.clone()).collect();
-            let carrier = carry(&rest, &node.gradients)?;
-            a.apply_op3(b, &carrier, node)
-        }
-        [] => bail!("{}: no inputs", node.op.name()),
-    }
+    Ok(attach(name, inputs, vec![output], back)?.remove(0))
 }
 
-fn plain(inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
-    let inputs = inputs.iter().map(|input| input.detach().contiguous());
-    inputs.collect()
-}
-
-struct Node<C> {
-    op: C,
-    shape: Shape,
-    /// The output, until candle has taken it.
-    value: Mutex<Option<Tensor>>,
-    /// The third input and further ones, if there are more than three, and whether their gradients are asked.
-    carried: Vec<(Tensor, bool)>,
-    /// Their gradients, from the backward pass of this operation to those of its carriers.
-    gradients: Arc<Gradients>,
-}
-
-impl<C: Composed> Node<C> {
-    fn take(&self) -> Result<Tensor> {
-        let mut value = self.value.lock().unwrap_or_else(|e| e.into_inner());
-        match value.take() {
-            Some(value) => Ok(value),
-            None => bail!("{}: its output was taken before", self.op.name()),
-        }
-    }
-
-    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
-        let value = self.take()?;
-        let (storage, layout) = value.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((whole(storage, layout)?, self.shape.clone())),
-            _ => bail!(
-                "{}: its inputs lie on the CPU, its output does not",
-                self.op.name()
-            ),
-        }
-    }
-
-    fn cuda(&self, inputs: &[&CudaStorage]) -> Result<(CudaStorage, Shape)> {
-        on_gpu(self.op.name(), &self.take()?, inputs)
-    }
-
-    fn gradients(&self, args: &[&Tensor], y: &Tensor, g: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let own = args.len() - usize::from(!self.carried.is_empty());
-        let mut inputs = plain(&args[..own])?;
-        inputs.extend(self.carried.iter().map(|(input, _)| input.clone()));
-        let parts = self.op.backward(&inputs, &y.detach(), &g.contiguous()?)?;
-        let mut parts = parts.into_iter();
-        let mut found: Vec<Option<Tensor>> = args[..own]
-            .iter()
-            .zip(&mut parts)
-            .map(|(arg, part)| arg.track_op().then_some(part))
-            .collect();
-        if let Some(carrier) = args.get(own) {
-            let carried = self.carried.iter().zip(parts);
-            let carried = carried.map(|((_, asked), part)| asked.then_some(part));
-            let carried = carried.collect();
-            *self.gradients.lock().unwrap_or_else(|e| e.into_inner()) = carried;
-            found.push(match carrier.track_op() {
-                true => Some(carrier.zeros_like()?),
-                false => None,
-            });
-        }
-        Ok(found)
-    }
-}
-
-/// The elements of a tensor that an operation has made: its own memory if nothing else holds that, else a copy.
-pub(crate) fn on_gpu(
-    name: &str,
-    value: &Tensor,
-    inputs: &[&CudaStorage],
-) -> Result<(CudaStorage, Shape)> {
+/// The elements of a contiguous tensor that an operation has made: its own memory if it lies on a GPU and nothing else holds
+/// that, else a copy.
+pub(crate) fn elements(value: &Tensor, inputs: &[Tensor]) -> Result<(Storage, Shape)> {
+    let shape = value.shape().clone();
     if let Some(storage) = gpu::take_over(value, inputs)? {
-        return Ok((storage, value.shape().clone()));
+        return Ok((Storage::Cuda(storage), shape));
     }
     let (storage, layout) = value.storage_and_layout();
-    match &*storage {
-        Storage::Cuda(storage) => Ok((whole(storage, layout)?, value.shape().clone())),
-        _ => bail!("{name}: its inputs lie on a GPU, its output does not"),
-    }
-}
-
-/// One zero of the type and on the device of `like`.
-pub(crate) fn number<S>(like: &S) -> Result<(S, Shape)>
-where
-    S: BackendStorage,
-    S::Device: BackendDevice<Storage = S>,
-{
-    let shape = Shape::from(1);
-    Ok((like.device().zeros_impl(&shape, like.dtype())?, shape))
+    let storage = match &*storage {
+        Storage::Cpu(storage) => Storage::Cpu(whole(storage, layout)?),
+        Storage::Cuda(storage) => Storage::Cuda(whole(storage, layout)?),
+        Storage::Metal(_) => bail!("found a tensor on {:?}", value.device().location()),
+    };
+    Ok((storage, shape))
 }
 
 /// A copy of a contiguous tensor's elements alone.
@@ -176,105 +86,6 @@ where
     let mut out = unsafe { device.alloc_uninit(layout.shape(), storage.dtype())? };
     storage.copy_strided_src(&mut out, 0, layout)?;
     Ok(out)
-}
-
-impl<C: Composed> CustomOp1 for Node<C> {
-    fn name(&self) -> &'static str {
-        self.op.name()
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(&self, a: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.cuda(&[a])
-    }
-
-    fn bwd(&self, a: &Tensor, y: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.gradients(&[a], y, g)?.into_iter().next().flatten())
-    }
-}
-
-impl<C: Composed> CustomOp2 for Node<C> {
-    fn name(&self) -> &'static str {
-        self.op.name()
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        a: &CudaStorage,
-        _: &Layout,
-        b: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda(&[a, b])
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        y: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut parts = self.gradients(&[a, b], y, g)?.into_iter();
-        let mut next = || parts.next().flatten();
-        Ok((next(), next()))
-    }
-}
-
-impl<C: Composed> CustomOp3 for Node<C> {
-    fn name(&self) -> &'static str {
-        self.op.name()
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        a: &CudaStorage,
-        _: &Layout,
-        b: &CudaStorage,
-        _: &Layout,
-        c: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda(&[a, b, c])
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        y: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut parts = self.gradients(&[a, b, c], y, g)?.into_iter();
-        let mut next = || parts.next().flatten();
-        Ok((next(), next(), next()))
-    }
 }
 
 /// Sum over all axes but the last, in the type of sums; composed it is a product with ones, since candle's own reduction over
@@ -291,6 +102,20 @@ pub fn sum_rows(x: &Tensor) -> Result<Tensor> {
     Tensor::ones((1, rows), x.dtype(), x.device())?
         .matmul(&x)?
         .squeeze(0)
+}
+
+/// Σ x² over all elements, in the type of sums: by [`sum_rows`], since candle sums in one block of a GPU.
+pub fn sum_squares(x: &Tensor) -> Result<f64> {
+    let squares = wide(x)?.flatten_all()?.sqr()?;
+    let width = 1024;
+    let rows = squares.elem_count() / width;
+    let body = squares.narrow(0, 0, rows * width)?;
+    let rest = squares.narrow(0, rows * width, squares.elem_count() % width)?;
+    let sum = match rows {
+        0 => rest.sum_all(),
+        _ => Tensor::cat(&[sum_rows(&body.reshape((rows, width))?)?, rest], 0)?.sum_all(),
+    };
+    sum?.to_dtype(DType::F64)?.to_scalar()
 }
 
 /// The type sums are made in: f32 for the narrow types.

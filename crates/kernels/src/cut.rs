@@ -1,16 +1,13 @@
 //! A tensor cut into parts along its last axis, whose gradients are put together once: the graph's own cuts give each part a
 //! gradient as large as the whole, and add them all.
 
-use crate::autograd::on_cpu;
-use crate::composed::{number, on_gpu};
+use crate::autograd::with_elements;
+use crate::composed::elements;
 use crate::dense::uninit;
 use crate::elementwise::split_rows;
+use crate::graph::attach;
 use crate::pool::SharedMut;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, WithDType,
-    bail,
-};
-use std::sync::{Arc, Mutex};
+use candle_core::{D, DType, Device, Result, Shape, Storage, Tensor, WithDType, bail};
 
 /// x [.., Σ widths] to [.., width] each, contiguous.
 pub fn cut(x: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
@@ -32,59 +29,80 @@ pub fn cut(x: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
             .collect();
     }
     let x = x.contiguous()?;
-    let gradients: Arc<Gradients> = Arc::new(Mutex::new(vec![None; widths.len()]));
-    // One number stands between the whole and its parts: its backward pass comes after all of theirs.
-    let hub = x.apply_op1_arc(Arc::new(Box::new(Hub {
-        widths: widths.to_vec(),
-        gradients: gradients.clone(),
-    })))?;
     let whole = x.detach();
-    places
-        .enumerate()
-        .map(|(index, (first, width))| {
-            let part = Part {
-                whole: whole.clone(),
-                first,
-                width,
-                index,
-                gradients: gradients.clone(),
-            };
-            hub.apply_op1_arc(Arc::new(Box::new(part)))
-        })
-        .collect()
+    let parts = places.map(|(first, width)| part(&whole, first, width));
+    let parts = parts.collect::<Result<Vec<_>>>()?;
+    let widths = widths.to_vec();
+    attach("cut", &[&x], parts, move |_, gradients| {
+        let joined = match (whole.device(), whole.dtype()) {
+            (Device::Cpu, DType::F64) => joined::<f64>(&whole, &widths, gradients),
+            (Device::Cpu, DType::F32) => joined::<f32>(&whole, &widths, gradients),
+            _ => composed(&whole, &widths, gradients),
+        };
+        Ok(vec![Some(joined?)])
+    })
 }
 
-/// Gradients of the parts, from their backward passes to that of the whole.
-type Gradients = Mutex<Vec<Option<Tensor>>>;
-
-struct Hub {
-    widths: Vec<usize>,
-    gradients: Arc<Gradients>,
+/// Columns `first..first + width` of `whole`.
+fn part(whole: &Tensor, first: usize, width: usize) -> Result<(Storage, Shape)> {
+    if !whole.device().is_cpu() {
+        let part = whole.narrow(D::Minus1, first, width)?.force_contiguous()?;
+        return elements(&part, std::slice::from_ref(whole));
+    }
+    let storage = match whole.dtype() {
+        DType::F64 => copied::<f64>(whole, first, width),
+        DType::F32 => copied::<f32>(whole, first, width),
+        DType::BF16 => copied::<half::bf16>(whole, first, width),
+        DType::F16 => copied::<half::f16>(whole, first, width),
+        other => bail!("cut: found {other:?}, expected floats"),
+    };
+    let mut shape = whole.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = width;
+    }
+    Ok((storage?, shape.into()))
 }
 
-impl Hub {
-    fn joined<T: WithDType>(&self, whole: &Tensor, parts: &[Option<Tensor>]) -> Result<Tensor> {
-        let width: usize = self.widths.iter().sum();
-        let rows = whole.elem_count() / width.max(1);
+fn copied<T: WithDType>(whole: &Tensor, first: usize, width: usize) -> Result<Storage> {
+    let all = whole.dim(D::Minus1)?;
+    let out = with_elements::<T, _>("cut", std::slice::from_ref(whole), |x| {
+        let rows = x[0].len() / all.max(1);
         let mut out: Vec<T> = uninit(rows * width);
-        let parts = parts
-            .iter()
-            .map(|part| part.as_ref().map(Tensor::contiguous));
-        let parts = parts.map(Option::transpose).collect::<Result<Vec<_>>>()?;
-        let held: Vec<_> = parts
-            .iter()
-            .map(|part| part.as_ref().map(Tensor::storage_and_layout))
-            .collect();
-        let slices = held.iter().map(|held| match held {
-            Some((storage, layout)) => on_cpu::<T>("cut", storage, layout).map(Some),
-            None => Ok(None),
+        let shared = SharedMut::new(&mut out);
+        split_rows(rows, width, |from, rows| {
+            for row in from..from + rows {
+                // SAFETY: pieces are disjoint rows.
+                let out = unsafe { shared.slice(row * width, width) };
+                out.copy_from_slice(&x[0][row * all + first..][..width]);
+            }
         });
-        let slices = slices.collect::<Result<Vec<_>>>()?;
+        out
+    });
+    Ok(Storage::Cpu(T::to_cpu_storage_owned(out?)))
+}
+
+/// The gradient of the whole from those of the parts.
+fn joined<T: WithDType>(
+    whole: &Tensor,
+    widths: &[usize],
+    parts: &[Option<Tensor>],
+) -> Result<Tensor> {
+    let width: usize = widths.iter().sum();
+    let rows = whole.elem_count() / width.max(1);
+    let found = parts.iter().flatten().map(Tensor::contiguous);
+    let found = found.collect::<Result<Vec<_>>>()?;
+    let out = with_elements::<T, _>("cut", &found, |found| {
+        let mut found = found.iter();
+        let slices = parts
+            .iter()
+            .map(|part| part.as_ref().and_then(|_| found.next()));
+        let slices: Vec<_> = slices.zip(widths).collect();
+        let mut out: Vec<T> = uninit(rows * width);
         let shared = SharedMut::new(&mut out);
         split_rows(rows, width, |first, rows| {
             for row in first..first + rows {
                 let mut at = row * width;
-                for (part, &width) in slices.iter().zip(&self.widths) {
+                for &(part, &width) in &slices {
                     // SAFETY: pieces are disjoint rows.
                     let out = unsafe { shared.slice(at, width) };
                     match part {
@@ -95,115 +113,27 @@ impl Hub {
                 }
             }
         });
-        Tensor::from_vec(out, whole.shape(), whole.device())
-    }
+        out
+    });
+    Tensor::from_vec(out?, whole.shape(), whole.device())
 }
 
-impl Hub {
-    fn composed(&self, whole: &Tensor, parts: Vec<Option<Tensor>>) -> Result<Tensor> {
-        let parts = parts.into_iter().zip(&self.widths);
-        let parts = parts
-            .filter(|(_, width)| **width > 0)
-            .map(|(part, &width)| match part {
-                Some(part) => part.contiguous(),
-                None => {
-                    let mut shape = whole.dims().to_vec();
-                    if let Some(last) = shape.last_mut() {
-                        *last = width;
-                    }
-                    Tensor::zeros(shape, whole.dtype(), whole.device())
+/// [`joined`] where the slices are not.
+fn composed(whole: &Tensor, widths: &[usize], parts: &[Option<Tensor>]) -> Result<Tensor> {
+    let parts = parts.iter().zip(widths);
+    let parts = parts
+        .filter(|(_, width)| **width > 0)
+        .map(|(part, &width)| match part {
+            Some(part) => part.contiguous(),
+            None => {
+                let mut shape = whole.dims().to_vec();
+                if let Some(last) = shape.last_mut() {
+                    *last = width;
                 }
-            });
-        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, D::Minus1)
-    }
-}
-
-impl CustomOp1 for Hub {
-    fn name(&self) -> &'static str {
-        "cut"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        number(s)
-    }
-
-    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        number(s)
-    }
-
-    fn bwd(&self, whole: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        let none = vec![None; self.widths.len()];
-        let parts = std::mem::replace(
-            &mut *self.gradients.lock().unwrap_or_else(|e| e.into_inner()),
-            none,
-        );
-        let joined = match (whole.device(), whole.dtype()) {
-            (Device::Cpu, DType::F64) => self.joined::<f64>(whole, &parts),
-            (Device::Cpu, DType::F32) => self.joined::<f32>(whole, &parts),
-            _ => self.composed(whole, parts),
-        };
-        joined.map(Some)
-    }
-}
-
-/// Columns `first..first + width` of `whole`.
-struct Part {
-    whole: Tensor,
-    first: usize,
-    width: usize,
-    index: usize,
-    gradients: Arc<Gradients>,
-}
-
-impl Part {
-    fn copied<T: WithDType>(&self) -> Result<CpuStorage> {
-        let (storage, layout) = self.whole.storage_and_layout();
-        let x = on_cpu::<T>("cut", &storage, layout)?;
-        let (all, width) = (self.whole.dim(D::Minus1)?, self.width);
-        let rows = x.len() / all.max(1);
-        let mut out: Vec<T> = uninit(rows * width);
-        let shared = SharedMut::new(&mut out);
-        split_rows(rows, width, |first, rows| {
-            for row in first..first + rows {
-                // SAFETY: pieces are disjoint rows.
-                let out = unsafe { shared.slice(row * width, width) };
-                out.copy_from_slice(&x[row * all + self.first..][..width]);
+                Tensor::zeros(shape, whole.dtype(), whole.device())
             }
         });
-        Ok(T::to_cpu_storage_owned(out))
-    }
-}
-
-impl CustomOp1 for Part {
-    fn name(&self) -> &'static str {
-        "part"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut shape = self.whole.dims().to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = self.width;
-        }
-        let out = match s {
-            CpuStorage::F64(_) => self.copied::<f64>()?,
-            CpuStorage::F32(_) => self.copied::<f32>()?,
-            CpuStorage::BF16(_) => self.copied::<half::bf16>()?,
-            CpuStorage::F16(_) => self.copied::<half::f16>()?,
-            _ => bail!("cut: found {:?}, expected floats", self.whole.dtype()),
-        };
-        Ok((out, Shape::from(shape)))
-    }
-
-    fn cuda_fwd(&self, s: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let part = self.whole.narrow(D::Minus1, self.first, self.width)?;
-        on_gpu("cut", &part.force_contiguous()?, &[s])
-    }
-
-    fn bwd(&self, hub: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let mut gradients = self.gradients.lock().unwrap_or_else(|e| e.into_inner());
-        gradients[self.index] = Some(gradient.clone());
-        Ok(Some(hub.zeros_like()?))
-    }
+    Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, D::Minus1)
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub mod dense;
 pub mod elementwise;
 pub mod fftconv;
 mod gpu;
+mod graph;
 #[cfg(test)]
 mod harness;
 pub mod heads;

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use longspan_kernels::autograd::softplus;
 use longspan_kernels::causal::{Documents, causal_attention, document_attention};
-use longspan_kernels::composed::{Kept, composing, rows};
+use longspan_kernels::composed::{Kept, composing, rows, sum_squares};
 use longspan_kernels::cut::cut;
 use longspan_kernels::fftconv::fft_conv;
 use longspan_kernels::heads::{join_heads, split_heads};
@@ -237,6 +237,28 @@ fn softplus_keeps_small_values() {
         near(a.unwrap(), b.unwrap(), 1e-4, "softplus");
     };
     error(&x);
+}
+
+#[test]
+fn sums_of_squares() {
+    for count in [0, 1, 1023, 1024, 5000] {
+        let x = t(&[count], 1);
+        let wanted: f64 = flat(&x).iter().map(|x| x * x).sum();
+        for device in [Some(Device::Cpu), gpu().filter(|_| count > 0)]
+            .into_iter()
+            .flatten()
+        {
+            for dtype in [DType::F64, DType::F32, DType::BF16] {
+                let x = x.to_dtype(dtype).unwrap().to_device(&device).unwrap();
+                let found = sum_squares(&x).unwrap();
+                let bound = if dtype == DType::BF16 { 1e-2 } else { 1e-5 };
+                assert!(
+                    (found - wanted).abs() <= bound * wanted,
+                    "{count} {dtype:?}: {found}, {wanted}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

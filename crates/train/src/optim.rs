@@ -5,7 +5,7 @@
 
 use crate::error::{Result, TrainError};
 use candle_core::{DType, Tensor};
-use longspan_kernels::composed::composes;
+use longspan_kernels::composed::{composes, sum_squares};
 use longspan_kernels::elementwise::dot;
 use longspan_kernels::ops::with_rows;
 use longspan_nn::params::Param;
@@ -335,8 +335,7 @@ fn squares(x: &Tensor) -> candle_core::Result<f64> {
             parts.sum()
         });
     }
-    let sum = x.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-    Ok(f64::from(sum.to_scalar::<f32>()?))
+    sum_squares(x)
 }
 
 /// Scales gradients so that their global norm is at most `limit`: the factor is min(1, limit / (norm + 1e-6)).
@@ -373,7 +372,7 @@ fn clip_together(
     limit: Option<f64>,
 ) -> candle_core::Result<f64> {
     let all = flat::join(gradients.values())?;
-    let norm = f64::from(all.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    let norm = sum_squares(&all)?.sqrt();
     if let Some(limit) = limit {
         let scale = limit / (norm + 1e-6);
         if scale < 1.0 {

@@ -32,18 +32,24 @@ pub(crate) struct Launch {
     pub(crate) shared: usize,
 }
 
-/// Threads of a block in kernels of one element a thread.
+/// Threads of a block in kernels of one element a thread, and the most where a block has a row.
 const THREADS: usize = 256;
 
 impl Launch {
-    /// A block for each of `rows`.
-    pub(crate) fn rows(name: &'static str, rows: usize, ints: &[usize], float: f64) -> Self {
+    /// A block for each of `rows` of `width` elements: about eight elements a thread, since a block waits for its sums.
+    pub(crate) fn rows(
+        name: &'static str,
+        (rows, width): (usize, usize),
+        ints: &[usize],
+        float: f64,
+    ) -> Self {
+        let threads = (width / 8).next_power_of_two().clamp(32, THREADS);
         Launch {
             name,
             ints: ints.to_vec(),
             float: Some(float),
             grid: (rows, 1),
-            block: (THREADS, 1),
+            block: (threads, 1),
             shared: 0,
         }
     }
@@ -137,10 +143,7 @@ pub(crate) fn run_of(
 
 /// The memory of a tensor that is not needed any more, unless one of `inputs` shares it or it is a part of something larger.
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn take_over(
-    _: &Tensor,
-    _: &[&candle_core::CudaStorage],
-) -> Result<Option<candle_core::CudaStorage>> {
+pub(crate) fn take_over(_: &Tensor, _: &[Tensor]) -> Result<Option<candle_core::CudaStorage>> {
     Ok(None)
 }
 
@@ -292,31 +295,30 @@ mod device {
     }
 
     /// As the stand-in above says.
-    pub(crate) fn take_over(
-        value: &Tensor,
-        inputs: &[&CudaStorage],
-    ) -> Result<Option<CudaStorage>> {
-        let alone = |storage: &CudaStorage, layout: &Layout| -> Result<bool> {
-            let held = match storage.dtype() {
+    pub(crate) fn take_over(value: &Tensor, inputs: &[Tensor]) -> Result<Option<CudaStorage>> {
+        // Memory and elements held; none: not of a GPU or of another type.
+        let held = |x: &Tensor| -> Result<Option<(u64, usize)>> {
+            let (storage, _) = x.storage_and_layout();
+            let Storage::Cuda(storage) = &*storage else {
+                return Ok(None);
+            };
+            let count = match storage.dtype() {
                 DType::F32 => storage.as_cuda_slice::<f32>()?.len(),
                 DType::BF16 => storage.as_cuda_slice::<half::bf16>()?.len(),
-                _ => return Ok(false),
-            };
-            let own = address(storage, 0)?;
-            let mut shared = layout.start_offset() != 0 || held != layout.shape().elem_count();
-            for input in inputs
-                .iter()
-                .filter(|input| input.dtype() == storage.dtype())
-            {
-                shared |= address(input, 0)? == own;
-            }
-            Ok(!shared)
-        };
-        match value.storage_and_layout() {
-            (storage, layout) => match &*storage {
-                Storage::Cuda(storage) if alone(storage, layout)? => {}
                 _ => return Ok(None),
-            },
+            };
+            Ok(Some((address(storage, 0)?, count)))
+        };
+        let Some((own, count)) = held(value)? else {
+            return Ok(None);
+        };
+        if value.layout().start_offset() != 0 || count != value.elem_count() {
+            return Ok(None);
+        }
+        for input in inputs {
+            if held(input)?.is_some_and(|(memory, _)| memory == own) {
+                return Ok(None);
+            }
         }
         let taken = Take(Mutex::new(None));
         value.inplace_op1(&taken)?;

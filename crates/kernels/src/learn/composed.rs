@@ -27,7 +27,7 @@ impl Composed for RmsNormComposed {
     fn forward(&self, x: &[Tensor]) -> Result<Tensor> {
         if gpu::fits(&[&x[0], &x[1]]) {
             let (rows, width) = rows_of(&x[0])?;
-            let launch = Launch::rows("rms_norm", rows, &[width], self.eps);
+            let launch = Launch::rows("rms_norm", (rows, width), &[width], self.eps);
             return gpu::one(launch, &[&x[0], &x[1]], x[0].shape());
         }
         let (wide, scale) = self.scale(&x[0])?;
@@ -41,11 +41,11 @@ impl Composed for RmsNormComposed {
         let inputs = [&x[0], &x[1], gradient];
         // A block's share of the weight's gradient is held in its shared memory.
         if gpu::fits(&inputs) && width <= 8192 {
-            let blocks = rows.min(512);
+            let blocks = rows.min(2048);
             let launch = Launch {
                 shared: 4 * width,
                 grid: (blocks, 1),
-                ..Launch::rows("rms_norm_back", rows, &[rows, width], self.eps)
+                ..Launch::rows("rms_norm_back", (rows, width), &[rows, width], self.eps)
             };
             let outputs = vec![
                 (x[0].shape().clone(), false),
@@ -122,7 +122,7 @@ impl Seen {
 
     fn launch(&self, name: &'static str, x: &Tensor, scale: f64) -> Launch {
         let ints = [self.rows, self.keys, self.first, self.from, self.window];
-        Launch::rows(name, x.elem_count() / self.keys, &ints, scale)
+        Launch::rows(name, (x.elem_count() / self.keys, self.keys), &ints, scale)
     }
 
     /// softmax(scale x) of what is seen, 0 elsewhere, by a kernel on a GPU: x [.., keys] to the same.
