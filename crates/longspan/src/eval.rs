@@ -447,7 +447,7 @@ pub(crate) fn print(report: &Report, folder: &Path, common: &Common) {
         return;
     }
     for cell in &report.cells {
-        line(&cell.score);
+        line(&cell.score, &cell.series());
     }
     for e in &report.effective {
         let bound = if e.at_least { "at least " } else { "" };
@@ -459,7 +459,8 @@ pub(crate) fn print(report: &Report, folder: &Path, common: &Common) {
     println!("{}", folder.join("report.html").display());
 }
 
-pub(crate) fn line(score: &CellScore) {
+/// Prints one cell's score; `series` is model and policy.
+pub(crate) fn line(score: &CellScore, series: &str) {
     let counts = &score.counts;
     let mut notes = String::new();
     for (count, name) in [
@@ -485,10 +486,9 @@ pub(crate) fn line(score: &CellScore) {
         None => ("", "no scored rows".into()),
     };
     println!(
-        "{:<24} {:>9}  {:<28} {:<18} {:<16} n {}{notes}",
+        "{:<24} {:>9}  {series:<28} {:<18} {:<16} n {}{notes}",
         score.cell.task,
         ui::count(score.cell.length as u64),
-        format!("{} {}", score.cell.model, score.cell.policy),
         name,
         value,
         counts.rows

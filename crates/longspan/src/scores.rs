@@ -62,7 +62,10 @@ pub fn score(args: &Score, common: &Common) -> Result<()> {
     let mut registry = Registry::default();
     let show = |score: &CellScore| match common.json {
         true => println!("{}", summary(score)),
-        false => line(score),
+        false => line(
+            score,
+            &format!("{} / {}", score.cell.model, score.cell.policy),
+        ),
     };
     if let Some(path) = &args.pred {
         let [name] = args.what.as_slice() else {
