@@ -96,7 +96,7 @@ pub fn power(points: impl Iterator<Item = (f64, f64)>) -> f64 {
 fn status(key: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key));
-    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
     kilobytes.unwrap_or(0) * 1024
 }
 
@@ -105,6 +105,7 @@ fn peak<T>(device: &Device, f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     if !device.is_cpu() {
         return watched(device, f);
     }
+    longspan_kernels::cpu::release_freed_memory();
     // Linux sets the mark of the highest use back to the present one.
     let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
     let before = status("VmRSS:");
@@ -301,6 +302,13 @@ mod tests {
             let points = [10f64, 100.0, 500.0].map(|x| (x, 3.0 * x.powf(wanted)));
             assert!((power(points.into_iter()) - wanted).abs() < 1e-9);
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_that_is_held_is_seen() {
+        let (held, bytes) = peak(&Device::Cpu, || Ok(vec![1u8; 64 << 20])).unwrap();
+        assert!(bytes > held.len() as u64 / 2, "{bytes} bytes");
     }
 
     #[test]
